@@ -1,0 +1,977 @@
+"""ShiftAddNAS (You, Li, Shi, Fu, Lin; ICML 2022, arXiv:2205.08119) in one file.
+
+Multiplications cost energy; shifts and additions are cheap but weaker. A ShiftAddNAS network picks
+attention, convolution, shift or add for every block, and a supernet that holds all of them at once is
+trained so that the best mix for an energy budget can be searched.
+
+Reading order
+    §1 rounding      power_of_two, shift_weight, fixed_point: weights and activations on a shift's grid
+    §2 operators     conv2d (torch), shift_conv2d, add_conv2d, attention2d: pure functions of (x, weight, ...)
+    §3 sharing       SharedWeight: one tensor read by conv, shift and add; T(w); the two divergences
+    §4 blocks        HybridConv2d (one layer, any op) and Block (one residual bottleneck, any op)
+    §5 space         SearchSpace: size, sample, validate, mutate, crossover of arch strings; SPACES
+    §6 supernet      Supernet(x, arch), Supernet.extract(arch), build(space, arch)
+
+Symbols
+    N batch · C, M channels in and out · H, W map · K kernel · S stride · P padding · G groups
+    w shared weight · s, b exponent and sign of a power of two · p bottleneck width = C_out / 4
+    arch  a string, one letter a block: c convolution, s shift, a add, t attention; "/" between
+          resolutions. The published T0_mix_v3 is cc/cccc/sctaa/ttctt.
+
+Where an idea of the paper stands
+    hybrid search space             SPACES, SearchSpace                  §5
+    shift weights (DeepShift)       power_of_two (Q), shift_weight (PS)  §1
+    add layer (AdderNet)            add_conv2d                           §2
+    heterogeneous weight sharing    SharedWeight                         §3
+    supernet loss                   train.py: cross-entropy + kl_weight * Supernet.divergence(arch)
+    evolutionary search             search.py;  energy and latency: cost_model.py
+
+Does NOT include: pretrained weights, the siamese self-supervision of BossNAS, unused official variants
+(linear shift layers, 8-bit adder training, deep stem).
+
+Deviations from the official code (github.com/RICE-EIC/ShiftAddNAS, folder CV)
+    D1  attention mixes values with softmax rows of the queries; theirs uses the transposed matrix, so the
+        weights that reach one output position do not sum to 1.
+    D2  the strided add gradient divides by the stride before it tests the range; theirs tests first and
+        loses up to 75 % of the input gradient.
+    D3  T has a closed last bin (theirs maps the largest weight to 0) and starts as the map from the fitted
+        Gaussian to a Laplacian (theirs as noise, which flips the sign of half of the bins).
+    D4  the divergences compare distributions; theirs compares a softmax over positions with noise, for add
+        only (kept as kl="official").
+    D5  shared weights start with the fan-in standard deviation (theirs N(0, 1)) and the add gradient is not
+        eta-normalised on them (theirs outgrows the convolution's 3,000 times).
+    D6  only cells that some arch can reach are built (136.8 of 615.4 million parameters in `hytra`).
+    D7  crossover keeps the depth pattern of one parent, so a child is always inside the space.
+"""
+import collections
+import copy
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+OPS = {"c": "conv", "s": "shift", "a": "add", "t": "attn"}
+
+# ------------------------------------------------------------------------------------------- §1 rounding
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Returns `value`; the gradient goes to x unchanged."""
+
+    @staticmethod
+    def forward(ctx, x, value):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def _lowest_exponent(weight_bits, spare):
+    """Exponents of a weight_bits code: one bit for the sign, `spare` codes not used."""
+    if weight_bits < 2:
+        raise ValueError(f"weight_bits must be at least 2 (a sign and an exponent), got {weight_bits}")
+    return -(2 ** (weight_bits - 1) - spare)
+
+
+def power_of_two(weight, weight_bits=5):
+    """Nearest signed power of two in the exponent (DeepShift-Q, the form of the last official supernets).
+
+        W = sign(w) * 2^s,  s = clip(round(log2 |w|), -(2^(b-1) - 1), 0);  zero stays zero
+
+    weight any shape, float -> same shape. Gradient: dL/dw = dL/dW (straight through). Never in place.
+    Raises ValueError if weight_bits < 2. Source: official modules_q.py (which clamps the parameter itself).
+    """
+    lowest = _lowest_exponent(weight_bits, 1)
+    with torch.no_grad():
+        exponent = weight.abs().log2().round_().clamp_(lowest, 0)
+        value = weight.sign() * exponent.exp2_()
+    return _StraightThrough.apply(weight, value)
+
+
+def shift_weight(shift, sign, weight_bits=5):
+    """Power-of-two weight from its own exponent and sign parameters (DeepShift-PS).
+
+        W = b * 2^s,  s = round(clip(shift, -(2^(b-1) - 2), 0)),  b = sgn(round(sign)) in {-1, 0, 1}
+
+    |sign| <= 0.5 gives 0. Gradients as the official ste.py has them: dL/dshift = dL/dW * b * 2^s * ln 2,
+    dL/dsign = dL/dW (not times 2^s); round and clip pass the gradient. Raises ValueError if weight_bits < 2.
+    """
+    lowest = _lowest_exponent(weight_bits, 2)
+    with torch.no_grad():
+        b = sign.round().sign_()
+        s = shift.clamp(lowest, 0).round_()
+    return _StraightThrough.apply(sign, b.clone()) - b + b * torch.exp2(_StraightThrough.apply(shift, s))
+
+
+def fixed_point(x, fraction_bits=16, integer_bits=16):
+    """Rounds down to a fixed-point grid: clip(floor(x * 2^f) / 2^f, -2^(i-1), 2^(i-1) - 1).
+
+    x any shape, float -> same shape. Gradient straight through, clipped values included. The official
+    "quant_bits=16" is the length of the fraction. Source: official deepshift/utils.py.
+    """
+    with torch.no_grad():
+        value = (x * 2.0**fraction_bits).floor_().mul_(2.0**-fraction_bits)
+        value.clamp_(-(2.0 ** (integer_bits - 1)), 2.0 ** (integer_bits - 1) - 1)
+    return _StraightThrough.apply(x, value)
+
+
+# ------------------------------------------------------------------------------------------ §2 operators
+
+
+def shift_conv2d(x, weight, stride=1, padding=0, groups=1):
+    """Convolution by powers of two: on fixed-point inputs each product is a bit shift.
+
+        y = conv2d(fixed_point(x), power_of_two(weight))
+
+    x (N, C, H, W), weight (M, C/G, K, K) -> (N, M, H', W'), H' = (H + 2P - K)//S + 1. A weight that is a
+    power of two already (from shift_weight, say) is used as it is. Gradients: convolution's, straight through
+    both roundings. Raises ValueError (shapes, stride, groups). Source: official deepshift/modules_q.py.
+    """
+    conv_shape(x.shape, weight.shape, stride, padding, groups)
+    return F.conv2d(fixed_point(x), power_of_two(weight), None, stride, padding, 1, groups)
+
+
+def attention2d(x, weight, head_dim):
+    """Multi-head self-attention over the positions of a map.
+
+        q, k, v = split(weight * x);  y[:, i] = sum_j softmax_j(q_i . k_j / sqrt(head_dim)) v[:, j]
+
+    x (N, C, H, W), weight (3C, C, 1, 1) -> (N, C, H, W), C / head_dim heads. The weights that enter one
+    output position sum to 1 (deviation D1). Raises ValueError if head_dim does not divide C.
+    Source: official hytra_ops.py, Attention.
+    """
+    n, c, h, w = x.shape
+    if c % head_dim:
+        raise ValueError(f"head_dim must divide the {c} channels, got {head_dim}")
+    q, k, v = F.conv2d(x, weight).view(n, 3, c // head_dim, head_dim, h * w).transpose(3, 4).unbind(1)
+    return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c, h, w)
+
+
+# ---------------------------------------------------------------------------------------------- compiled kernels
+BUILDS = {                                     # SHIFTADDNAS_KERNELS -> compiler flags of that build of kernels.cu
+    "cpu": ["-march=native"],
+    "cpu-avx2": ["-mavx2", "-mfma"],
+    "cpu-portable": [],
+    "emulate": ["-DEMULATE"],                  # the GPU kernels' own code on the CPU, for tests
+    "gpu": [],
+}
+
+
+# sizes of one convolution, in the order of struct ConvShape in kernels.cu
+ConvShape = collections.namedtuple("ConvShape", "N C H W M KH KW S P G Ho Wo")
+
+
+def conv_shape(x_size, w_size, stride, padding, groups):
+    """ConvShape of x (N, C, H, W) and weight (M, C/G, KH, KW); ValueError if they do not fit together."""
+    sizes = f"x {tuple(x_size)}, weight {tuple(w_size)}, stride {stride}, padding {padding}, groups {groups}"
+    if len(x_size) != 4 or len(w_size) != 4:
+        raise ValueError(f"x and weight must have 4 dimensions: {sizes}")
+    (N, C, H, W), (M, Cg, KH, KW) = x_size, w_size
+    if stride < 1 or padding < 0 or groups < 1:
+        raise ValueError(f"stride and groups must be at least 1 and padding at least 0: {sizes}")
+    if C != groups * Cg or M % groups or Cg < 1:
+        raise ValueError(f"channels of x must equal groups * weight.shape[1], and groups divide the filters: {sizes}")
+    if min(KH, KW) < 1 or KH > H + 2 * padding or KW > W + 2 * padding:
+        raise ValueError(f"the kernel must fit into the padded image: {sizes}")
+    Ho, Wo = (H + 2 * padding - KH) // stride + 1, (W + 2 * padding - KW) // stride + 1
+    return ConvShape(N, C, H, W, M, KH, KW, stride, padding, groups, Ho, Wo)
+
+
+def compiler_command(build):
+    """Compiler and flags of a build; RuntimeError, with the reason, if this machine cannot make or run it."""
+    if build == "gpu":
+        nvcc = shutil.which("nvcc")
+        if nvcc is None or not torch.cuda.is_available():
+            raise RuntimeError("the gpu build needs " + ("a GPU that torch can use" if nvcc else "nvcc on the PATH"))
+        major, minor = torch.cuda.get_device_capability()
+        return [nvcc, "-O3", "-std=c++17", f"-arch=sm_{major}{minor}", "-shared", "-Xcompiler", "-fPIC"]
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise RuntimeError(f"the {build} build needs a C++ compiler, and {name} is not on the PATH")
+    if build == "cpu-avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        raise RuntimeError("the cpu-avx2 build needs a CPU with AVX2")
+    return [shutil.which(name), "-x", "c++", "-O3", "-std=c++20", "-shared", "-fPIC", "-pthread", *BUILDS[build]]
+
+
+def cpu_model():
+    """Model and instruction sets of the CPU: part of a library's name, for -march=native compiles for this one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        return platform.processor()
+
+
+@functools.cache
+def private_folder():
+    """A folder of this process, removed at its end, for when the cache cannot be written."""
+    return tempfile.TemporaryDirectory(prefix="shiftaddnas-")
+
+
+def read_library(file):
+    """The CDLL in `file`, or None if there is none or its last 32 bytes, the SHA-256 of the rest, do not fit: opening
+    a half-written library would end the process."""
+    try:
+        content = file.read_bytes()
+        whole = hashlib.sha256(content[:-32]).digest() == content[-32:]
+        return ctypes.CDLL(str(file)) if whole else None
+    except OSError:
+        return None
+
+
+def compile_library(command, source, file):
+    """Compile to a temporary name, add the checksum, move into place: a reader never sees half a library."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        part = Path(folder) / file.name
+        run = subprocess.run([*command, str(source), "-o", str(part)], capture_output=True, text=True)
+        if run.returncode or not part.exists():
+            text = (run.stderr or run.stdout).strip()[:2000]
+            raise RuntimeError(f"compiling {source.name} failed (status {run.returncode}): {' '.join(command)}\n{text}")
+        content = part.read_bytes()
+        part.write_bytes(content + hashlib.sha256(content).digest())
+        os.replace(part, file)
+
+
+@functools.cache
+def load_kernels(build):
+    """The library of one build, compiled on first use and kept in $XDG_CACHE_HOME/shiftaddnas (or ~/.cache) under the
+    hash of source, command and CPU. RuntimeError says why it cannot be had."""
+    source = Path(__file__).with_name("kernels.cu")
+    command = compiler_command(build)
+    key = hashlib.sha256("\0".join([source.read_text(), *command, cpu_model()]).encode()).hexdigest()[:16]
+    name = f"{build}-{key}.so"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shiftaddnas"
+        library = read_library(folder / name)
+        if library is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            compile_library(command, source, folder / name)
+    except OSError:                            # the cache cannot be written
+        library, folder = None, Path(private_folder().name)
+        compile_library(command, source, folder / name)
+    library = library or read_library(folder / name)
+    if library is None:
+        raise RuntimeError(f"the {build} build was compiled, but {folder / name} cannot be loaded")
+    library.status_text.restype = ctypes.c_char_p
+    return library
+
+
+@functools.cache
+def say_once(line):
+    """One line on stderr, once in a process."""
+    print(line, file=sys.stderr)
+
+
+def kernel_build(device_type):
+    """The build that serves tensors of this device ("cpu", "cuda", ...), or None for the torch definition.
+
+    SHIFTADDNAS_KERNELS names the path: off | cpu | cpu-avx2 | cpu-portable | emulate | gpu. Unset: the cpu build for CPU
+    tensors and the gpu build for CUDA tensors where it can be compiled, else the torch definition, which one line says.
+    RuntimeError if the named path is impossible here, ValueError if there is no such path.
+    """
+    forced = os.environ.get("SHIFTADDNAS_KERNELS", "")
+    if forced and forced != "off" and forced not in BUILDS:
+        raise ValueError(f"SHIFTADDNAS_KERNELS={forced}: allowed are off, {', '.join(BUILDS)}")
+    if forced == "off":
+        return None
+    if forced:
+        if (forced == "gpu") != (device_type == "cuda"):
+            raise RuntimeError(f"SHIFTADDNAS_KERNELS={forced} cannot serve tensors on {device_type}")
+        load_kernels(forced)
+        return forced
+    build = {"cpu": "cpu", "cuda": "gpu"}.get(device_type)
+    try:
+        if build:
+            load_kernels(build)
+        return build
+    except RuntimeError as error:
+        say_once(f"shiftaddnas: the torch definition serves {device_type} tensors, no kernels: {str(error).splitlines()[0]}")
+        return None
+
+
+def call_kernel(build, name, shape, *tensors):
+    """Run one function of kernels.cu on contiguous tensors of one device: the CPU builds get torch's thread count, the
+    gpu build torch's current stream. RuntimeError with function, shapes and the runtime's text if it fails."""
+    library = load_kernels(build)
+    pointers = [*(ctypes.c_void_p(t.data_ptr()) for t in tensors), (ctypes.c_int32 * len(shape))(*shape)]
+    if build == "gpu":
+        with torch.cuda.device(tensors[0].device):
+            status = getattr(library, name)(*pointers, ctypes.c_int64(torch.cuda.current_stream().cuda_stream))
+    else:
+        status = getattr(library, name)(*pointers, ctypes.c_int64(torch.get_num_threads()))
+    if status:
+        sizes = ", ".join(str(tuple(t.shape)) for t in tensors)
+        raise RuntimeError(f"{name} ({build}) on {sizes}: {library.status_text(status).decode()}")
+    return tensors[0]
+
+
+# ---------------------------------------------------------------------------------------------- the Add operator
+def add_patches(x, w, stride, padding, groups):
+    """Yield (images, patches (n, G, C/G*KH*KW, L), filters (G, M/G, C/G*KH*KW)) for slices of the batch, 64 MB each."""
+    s = conv_shape(x.shape, w.shape, stride, padding, groups)
+    K, L = w[0].numel(), s.Ho * s.Wo
+    step = max(1, 2 ** 24 // max(1, groups * K * L))
+    for n in range(0, s.N, step):
+        patches = F.unfold(x[n:n + step], (s.KH, s.KW), padding=padding, stride=stride)
+        yield slice(n, n + step), patches.view(-1, groups, K, L), w.reshape(groups, -1, K)
+
+
+def add_conv2d_definition(x, w, stride, padding, groups):
+    """add_conv2d in plain torch: unfold, then the L1 distance of each patch to each filter."""
+    s = conv_shape(x.shape, w.shape, stride, padding, groups)
+    y = x.new_zeros(s.N, s.M, s.Ho, s.Wo)
+    if y.numel():
+        for images, patches, filters in add_patches(x, w, stride, padding, groups):
+            y[images] = -torch.cdist(filters, patches.transpose(2, 3), p=1).view_as(y[images])
+    return y
+
+
+def add_conv2d_grad_x_definition(g, x, w, stride, padding, groups):
+    """Gradient rule of add_conv2d for x in plain torch: sum of g * clip(w - x, -1, 1), folded back to the image."""
+    s = conv_shape(x.shape, w.shape, stride, padding, groups)
+    grad = torch.zeros_like(x)
+    if x.numel() and g.numel():
+        for images, patches, filters in add_patches(x, w, stride, padding, groups):
+            g_rows = g[images].reshape(len(patches), groups, -1, s.Ho * s.Wo)
+            columns = torch.zeros_like(patches)
+            for m in range(s.M // groups):
+                columns += g_rows[:, :, m, None] * (filters[:, m, :, None] - patches).clamp(-1, 1)
+            grad[images] = F.fold(columns.flatten(1, 2), (s.H, s.W), (s.KH, s.KW), padding=padding, stride=stride)
+    return grad
+
+
+@torch.library.custom_op("shiftaddnas::add_conv2d", mutates_args=())
+def add_conv2d_op(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int, groups: int) -> torch.Tensor:
+    build = kernel_build(x.device.type) if x.dtype == torch.float32 else None
+    if build is None:
+        return add_conv2d_definition(x, w, stride, padding, groups)
+    s = conv_shape(x.shape, w.shape, stride, padding, groups)
+    return call_kernel(build, "add_conv2d_forward", s, x.new_empty(s.N, s.M, s.Ho, s.Wo), x.contiguous(), w.contiguous())
+
+
+@torch.library.custom_op("shiftaddnas::add_conv2d_grad_x", mutates_args=())
+def add_conv2d_grad_x_op(g: torch.Tensor, x: torch.Tensor, w: torch.Tensor, stride: int, padding: int,
+                         groups: int) -> torch.Tensor:
+    build = kernel_build(x.device.type) if x.dtype == torch.float32 else None
+    if build is None:
+        return add_conv2d_grad_x_definition(g, x, w, stride, padding, groups)
+    s = conv_shape(x.shape, w.shape, stride, padding, groups)
+    grad = x.new_empty(x.shape)
+    return call_kernel(build, "add_conv2d_grad_x", s, grad, g.contiguous(), x.contiguous(), w.contiguous())
+
+
+@add_conv2d_op.register_fake
+def _(x, w, stride, padding, groups):
+    N, M = x.shape[0], w.shape[0]
+    return x.new_empty(N, M, *((a + 2 * padding - k) // stride + 1 for a, k in zip(x.shape[2:], w.shape[2:])))
+
+
+@add_conv2d_grad_x_op.register_fake
+def _(g, x, w, stride, padding, groups):
+    return x.new_empty(x.shape)
+
+
+def add_conv2d_backward(ctx, g):
+    x, w = ctx.saved_tensors
+    stride, padding, groups = ctx.geometry
+    grad_x = grad_w = None
+    if ctx.needs_input_grad[0]:
+        grad_x = add_conv2d_grad_x_op(g, x, w, stride, padding, groups)
+    if ctx.needs_input_grad[1]:
+        grad_w = torch.nn.grad.conv2d_weight(x, w.shape, g, stride, padding, groups=groups)
+        grad_w = grad_w - w * g.sum((0, 2, 3)).view(-1, 1, 1, 1)
+    return grad_x, grad_w, None, None, None
+
+
+def add_conv2d_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.geometry = inputs[2:]
+
+
+add_conv2d_op.register_autograd(add_conv2d_backward, setup_context=add_conv2d_setup)
+
+
+def add_conv2d(x, weight, stride=1, padding=0, groups=1):
+    """Adder convolution: minus the L1 distance between each patch and each filter (AdderNet).
+
+        y[n,m,i,j] = - sum_{c,u,v} | x[n, g(m)*C/G + c, i*S+u-P, j*S+v-P] - weight[m,c,u,v] |
+
+    x (N, C, H, W) float, weight (M, C/G, KH, KW) same dtype and device  ->  (N, M, H', W'), H' = (H + 2P - KH)//S + 1
+    Zero padding is not neutral: a padded tap costs |weight|.  Output is never positive.
+    float32 runs in the kernels of kernels.cu (see kernel_build), float16 and bfloat16 are converted to float32 and
+    back, float64 is always the torch definition.  Sums are float32; where x and weight nearly cancel (a common
+    offset) the kernel sums |x - w| itself, so the relative error stays below 1e-5 at an offset of 100.
+    Gradient (not the true one):  dy/dweight = x - weight,  dy/dx = clip(weight - x, -1, 1)
+    Raises ValueError if shapes, dtypes or devices do not fit; RuntimeError if a path that was asked for is impossible.
+    """
+    conv_shape(x.shape, weight.shape, stride, padding, groups)
+    if x.dtype != weight.dtype or x.device != weight.device or not x.is_floating_point():
+        raise ValueError(f"x and weight must be floating and alike: {x.dtype} on {x.device}, {weight.dtype} on {weight.device}")
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return add_conv2d_op(x.float(), weight.float(), stride, padding, groups).to(x.dtype)
+    return add_conv2d_op(x, weight, stride, padding, groups)
+
+
+def add_linear(x, weight):
+    """y[..., m] = - sum_c |x[..., c] - weight[m, c]|: add_conv2d with a 1x1 kernel. x (..., C), weight (M, C)."""
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x (..., C) and weight (M, C) must share C: x {tuple(x.shape)}, weight {tuple(weight.shape)}")
+    rows = x.reshape(-1, x.shape[-1])
+    return add_conv2d(rows[:, :, None, None], weight[:, :, None, None]).view(*x.shape[:-1], len(weight))
+
+
+# ------------------------------------------------------------------------------------------- §3 sharing
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which operators of a layer read one tensor, and how. Letters as in an arch."""
+
+    shared: str = "csa"        # operators that read the one tensor; the others own theirs
+    transformed: str = "a"     # those that read T(w) instead of w
+    shift_form: str = "Q"      # of an unshared shift: Q rounds a latent weight, PS owns exponent and sign
+    bins: int = 100            # slopes of T
+
+
+SHARING = {
+    "none": Sharing(shared="", transformed=""),
+    "naive": Sharing(transformed=""),
+    "heterogeneous": Sharing(),
+}
+LAPLACE_SCALE = 0.5            # b of the add weights' target density exp(-|a| / b) / (2 b)
+
+
+class SharedWeight(nn.Module):
+    """One latent tensor w that convolution, shift and add read in their own way (the paper's second enabler).
+
+        conv   w                                     target density N(0, std^2), std = sqrt(2 / fan_in)
+        shift  sign(w) 2^round(log2|w|)              rounded inside shift_conv2d, gradient straight through
+        add    T(w) = slope[bin(w)] * w              target density Laplace(0, b)
+
+    T is piecewise linear: the range of w is cut in `bins` equal parts (the last one closed, so that the
+    largest weight keeps its slope), each with a learnable slope. The slopes start from the map that sends the
+    Gaussian to the Laplacian, quantile to quantile, F_Laplace^-1(Phi(w / std)), divided by w at the middle of
+    each bin: T begins monotone and T(w) begins Laplacian. Gradients reach w and the slopes; the bin edges
+    carry none. Source: abstract; official hytra_ops_ws_dist.py (deviations D3, D4, D5).
+    """
+
+    def __init__(self, shape, readers, sharing=SHARING["none"]):
+        super().__init__()
+        self.std = math.sqrt(2 / math.prod(shape[1:]))
+        self.pair = readers == ["shift"] and sharing.shift_form == "PS"
+        if self.pair:
+            self.w = nn.Parameter(torch.stack([torch.rand(shape) * -14, torch.rand(shape) * 2 - 1]))
+        else:
+            self.w = nn.Parameter(torch.randn(shape) * (1.0 if readers == ["add"] else self.std))
+        ops = [OPS[letter] for letter in sharing.transformed if OPS[letter] in readers and len(readers) > 1]
+        self.slope = nn.ParameterDict({op: self.initial_slope(op, sharing.bins) for op in ops})
+
+    @torch.no_grad()
+    def initial_slope(self, op, bins):
+        """F_Laplace^-1(Phi(c / std)) / c at the centre c of each bin; 1 for a transformed shift."""
+        if op == "shift":
+            return nn.Parameter(torch.ones(bins))
+        lo, hi = self.w.aminmax()
+        z = (lo + (hi - lo) * (torch.arange(bins) + 0.5) / bins).abs() / self.std
+        z = z.clamp_min(1e-3)
+        magnitude = -LAPLACE_SCALE * (math.log(2) + torch.special.log_ndtr(-z))
+        return nn.Parameter(magnitude / (z * self.std))
+
+    def weight_for(self, op):
+        """The tensor that op's operator takes, connected to w (and the slopes) by autograd."""
+        if self.pair:
+            return shift_weight(self.w[0], self.w[1])
+        if op not in self.slope:
+            return self.w
+        slope, w = self.slope[op], self.w.detach()
+        lo, hi = w.aminmax()
+        unit = (w - lo) / (hi - lo).clamp_min(1e-12)
+        index = (unit * len(slope)).long().clamp_(0, len(slope) - 1)
+        return self.w * slope[index]
+
+    def owned(self, op):
+        """What op reads now, as a SharedWeight of its own: same output, nothing shared, nothing transformed."""
+        own = copy.deepcopy(self)
+        if not self.pair:
+            own.w, own.slope = nn.Parameter(self.weight_for(op).detach().clone()), nn.ParameterDict()
+        return own
+
+    def divergence(self, op):
+        """KL of the weights that op reads to their target density (nats an element, scalar)."""
+        w = self.weight_for(op)
+        if op == "add":
+            return kl_divergence(w, lambda a: -a.abs() / LAPLACE_SCALE - math.log(2 * LAPLACE_SCALE))
+        return kl_divergence(w, lambda a: -0.5 * (a / self.std) ** 2 - math.log(self.std * math.sqrt(2 * math.pi)))
+
+
+def kl_divergence(sample, log_density, limit=4096):
+    """KL(P || q) = E_P[log p] - E_P[log q] from a sample of P, differentiable in the sample.
+
+    The entropy comes from the m-spacings of the sorted sample (Vasicek), m = n^(1/3), with the exact bias
+    for a uniform density: E[log(spacing)] = digamma(2m) - digamma(n + 1). At most `limit` elements, evenly
+    strided, are used (None: all). log_density maps a tensor to log q. Returns a scalar in nats.
+    """
+    x = sample.flatten()
+    if limit:
+        x = x[:: max(1, x.numel() // limit)]
+    x, n = x.sort().values, x.numel()
+    m = max(1, round(n ** (1 / 3)))
+    if n <= 2 * m:
+        raise ValueError(f"a divergence needs more than {2 * m} elements, got {n}")
+    spacing = (x[2 * m :] - x[: -2 * m]).clamp_min(1e-12)
+    log_p = torch.digamma(torch.tensor(2.0 * m)) - torch.digamma(torch.tensor(n + 1.0)) - spacing.log()
+    return (log_p - log_density(x[m:-m])).mean()
+
+
+def official_kl(weight, generator):
+    """The official divergence, for comparison: (1/n) sum_i q_i (log q_i - log p_i), p = softmax(weight) over the
+    n positions, q = softmax(z), z ~ Laplace(0, 2) drawn afresh. Source: official hytra_ops_ws_dist.py."""
+    uniform = torch.rand(weight.numel(), generator=generator).to(weight.device) - 0.5
+    z = -2 * uniform.sign() * torch.log1p(-2 * uniform.abs())
+    return F.kl_div(weight.flatten().log_softmax(0), z.softmax(0))
+
+
+# -------------------------------------------------------------------------------------------- §4 blocks
+
+OPERATORS = {"conv": F.conv2d, "shift": shift_conv2d, "add": add_conv2d}
+
+
+class HybridConv2d(nn.Module):
+    """A convolution, shift or add layer with its own weight, or reading a SharedWeight.
+
+    x (N, C, H, W) -> (N, M, H', W'). eta (add only, AdderNet): the weight gradient of each backward is scaled
+    to the length eta * sqrt(numel), because the gradient of an L1 distance is far longer than a convolution's
+    and plain SGD needs one step size for both. It makes the gradient independent of the loss scale, so leave
+    it off under Adam, and on a shared weight, where it would drown the other operators' gradients.
+    """
+
+    def __init__(self, op, c_in, c_out, kernel, stride=1, padding=None, groups=1, bias=False,
+                 weight=None, shift_form="Q", eta=None):
+        super().__init__()
+        self.op, self.stride, self.groups, self.eta = op, stride, groups, eta
+        self.padding = kernel // 2 if padding is None else padding
+        self.shape = (c_out, c_in // groups, kernel, kernel)
+        self.weight = weight or SharedWeight(self.shape, [op], replace(SHARING["none"], shift_form=shift_form))
+        self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
+
+    def forward(self, x):
+        w = self.weight.weight_for(self.op)
+        if self.eta and w.requires_grad:
+            length = self.eta * math.sqrt(w.numel())
+            w = w.view_as(w)                              # a hook on the parameter itself would pile up
+            w.register_hook(lambda grad: grad * (length / grad.norm().clamp_min(1e-12)))
+        y = OPERATORS[self.op](x, w, stride=self.stride, padding=self.padding, groups=self.groups)
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate of the retraining networks: x * sigmoid(W2 relu(W1 mean(x))), reduction 16."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, channels // 16, 1)
+        self.expand = nn.Conv2d(channels // 16, channels, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True)))))
+
+
+class Entrance(nn.Module):
+    """First half of a block: x -> (shortcut, act(BN(PEG(conv1 x)))), PEG a depthwise 3x3 that carries the stride.
+
+    The shortcut is the identity when width and map stay; else a projection by the block's own operator, 3x3
+    for a stride of 2. The retraining form projects by average pool and 1x1, without activation.
+    """
+
+    def __init__(self, op, c_in, c_out, stride, space, weights, suffix, shift_form):
+        super().__init__()
+        p = c_out // 4
+        layer = {"shift_form": shift_form}
+        biased = op == "conv" or op == "shift" and (shift_form == "PS" or space.retraining)   # as in the official code
+        self.conv1 = HybridConv2d(op, c_in, p, 1, weight=weights.get("conv1" + suffix), **layer)
+        self.peg = HybridConv2d(op, p, p, 3, stride, groups=p, bias=biased, **layer)
+        self.bn = nn.BatchNorm2d(p)
+        self.act = space.activation()
+        self.shortcut = nn.Identity()
+        if stride > 1 or c_in != c_out:
+            kernel = 3 if stride > 1 and not space.retraining else 1
+            pool = stride if space.retraining else 1
+            project = HybridConv2d(op, c_in, c_out, kernel, stride // pool,
+                                   weight=weights.get("shortcut" + suffix), **layer)
+            parts = [project, nn.BatchNorm2d(c_out)]
+            parts = [nn.AvgPool2d(2, pool, ceil_mode=True, count_include_pad=False)] * (pool > 1) + parts
+            self.shortcut = nn.Sequential(*parts, *([] if space.retraining else [space.activation()]))
+
+    def forward(self, x):
+        return self.shortcut(x), self.act(self.bn(self.peg(self.conv1(x))))
+
+
+class Block(nn.Module):
+    """Residual bottleneck whose layers are all of one op: ResConv, ResShift, ResAdd or ResAtt of the paper.
+
+        h = act(BN(PEG(conv1 x)));  h = act(BN(middle(h)));  y = act(shortcut(x) + BN(conv3 h))
+
+    middle is a 3x3 layer of the op, or self-attention, whose block is otherwise convolutional. `entrances`
+    names the inputs the block can have, {"same": (C_in, 1), "down": (C_up, 2)}; forward picks one by name.
+    The last BN starts at zero, so a block starts as its shortcut. `weights`: SharedWeights by layer name.
+    Source: official hytra_ops.py; retraining form (SiLU, squeeze-excite, pooled shortcut): boss_candidates.
+    """
+
+    def __init__(self, op, c_out, entrances, space, weights=None, shift_form="Q"):
+        super().__init__()
+        p, weights, kind = c_out // 4, weights or {}, "conv" if op == "attn" else op
+        self.op = op
+        self.entrances = nn.ModuleDict({
+            name: Entrance(kind, c_in, c_out, stride, space, weights, "_d" if name == "down" else "", shift_form)
+            for name, (c_in, stride) in entrances.items()})
+        if op == "attn":
+            self.middle = Attention2d(p, space.head_dim)
+        else:
+            self.middle = HybridConv2d(kind, p, p, 3, weight=weights.get("conv2"), shift_form=shift_form)
+        self.bn2, self.bn3, self.act = nn.BatchNorm2d(p), nn.BatchNorm2d(c_out), space.activation()
+        self.conv3 = HybridConv2d(kind, p, c_out, 1, weight=weights.get("conv3"), shift_form=shift_form)
+        self.gate = SqueezeExcite(c_out) if space.retraining and op != "attn" else nn.Identity()
+        nn.init.zeros_(self.bn3.weight)
+
+    def layers(self, entrance):
+        """The HybridConv2d layers on the way from one entrance to the output."""
+        parts = (self.entrances[entrance], self.middle, self.conv3)
+        return [layer for part in parts for layer in part.modules() if isinstance(layer, HybridConv2d)]
+
+    def forward(self, x, entrance="same"):
+        shortcut, h = self.entrances[entrance](x)
+        h = self.act(self.bn2(self.middle(h)))
+        return self.act(shortcut + self.gate(self.bn3(self.conv3(h))))
+
+
+class Attention2d(nn.Module):
+    """attention2d with its own weight (3C, C, 1, 1)."""
+
+    def __init__(self, channels, head_dim):
+        super().__init__()
+        self.qkv = nn.Parameter(torch.randn(3 * channels, channels, 1, 1) * channels**-0.5)
+        self.head_dim = head_dim
+
+    def forward(self, x):
+        return attention2d(x, self.qkv, self.head_dim)
+
+
+# --------------------------------------------------------------------------------------------- §5 space
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A set of networks: `depths` blocks over the resolutions, each block one of the resolution's `ops`.
+
+    An arch is a string, one letter a block and "/" between resolutions: cc/sa/tt. Methods that draw take a
+    torch.Generator. Source: official hytra_supernet.py and hytra_paths.py (get_all_config_v2).
+    """
+
+    name: str
+    image: int                # side of the square input image
+    in_channels: int
+    classes: int
+    stem: tuple               # (kernel, stride, width, pool): conv, BN, act, then 3x3 max pool of stride 2 if pool
+    widths: tuple             # C_out per resolution; the bottleneck is p = C_out / 4
+    strides: tuple            # stride of the first block of each resolution
+    ops: tuple                # letters allowed per resolution
+    depths: tuple             # allowed numbers of blocks per resolution
+    head_dim: int             # attention has p / head_dim heads
+    retraining: bool = False  # the form of the official retraining networks: SiLU, squeeze-excite, two heads
+
+    def activation(self):
+        return nn.SiLU() if self.retraining else nn.ReLU()
+
+    def sizes(self):
+        """Number of archs for each depth pattern."""
+        return [math.prod(len(ops) ** depth for ops, depth in zip(self.ops, depths)) for depths in self.depths]
+
+    def size(self):
+        """Number of archs, an exact integer."""
+        return sum(self.sizes())
+
+    def arch(self, index):
+        """The arch of number `index` in 0 .. size() - 1 (mixed radix: depth pattern, then letters)."""
+        for depths, size in zip(self.depths, self.sizes()):
+            if index < size:
+                break
+            index -= size
+        stages = []
+        for ops, depth in zip(self.ops, depths):
+            letters = ""
+            for _ in range(depth):
+                index, digit = divmod(index, len(ops))
+                letters += ops[digit]
+            stages.append(letters)
+        return "/".join(stages)
+
+    def sample(self, generator):
+        """An arch, uniform over all archs of the space."""
+        return self.arch(int(torch.randint(self.size(), (), generator=generator)))
+
+    def validate(self, arch):
+        """Raises ValueError, naming the part that is wrong and what is allowed; returns the arch."""
+        stages = arch.split("/") if isinstance(arch, str) else []
+        if len(stages) != len(self.ops):
+            raise ValueError(f"arch {arch!r} must be a string of {len(self.ops)} resolutions joined by '/', "
+                             f"like {self.arch(0)} (space {self.name})")
+        for number, (stage, ops) in enumerate(zip(stages, self.ops), 1):
+            for letter in stage:
+                if letter not in OPS:
+                    raise ValueError(f"unknown op {letter!r} in arch {arch!r}: ops are c (conv), s (shift), "
+                                     "a (add), t (attention)")
+                if letter not in ops:
+                    raise ValueError(f"op {letter!r} ({OPS[letter]}) is not offered at resolution {number} of "
+                                     f"space {self.name}, in arch {arch!r}; allowed there: {', '.join(ops)}")
+        if tuple(map(len, stages)) not in self.depths:
+            allowed = " ".join("-".join(map(str, depths)) for depths in self.depths)
+            raise ValueError(f"arch {arch!r} has {'-'.join(str(len(s)) for s in stages)} blocks a resolution; "
+                             f"space {self.name} allows {allowed}")
+        return arch
+
+    def mutate(self, arch, generator, op_probability=0.2, fresh_probability=0.2):
+        """Official rule: start from a fresh random arch with one probability, then redraw each op with the other."""
+        if torch.rand((), generator=generator) < fresh_probability:
+            arch = self.sample(generator)
+        stages = arch.split("/")
+        for i, (stage, ops) in enumerate(zip(stages, self.ops)):
+            redraw = torch.rand(len(stage), generator=generator) < op_probability
+            drawn = torch.randint(len(ops), (len(stage),), generator=generator)
+            stages[i] = "".join(ops[d] if r else old for old, r, d in zip(stage, redraw, drawn))
+        return "/".join(stages)
+
+    def crossover(self, first, second, generator):
+        """The depth pattern of one parent (a coin), each op from either where both have that block (D7)."""
+        if torch.rand((), generator=generator) < 0.5:
+            first, second = second, first
+        stages = []
+        for mine, other in zip(first.split("/"), second.split("/")):
+            coin = torch.rand(len(mine), generator=generator) < 0.5
+            stages.append("".join(other[i] if coin[i] and i < len(other) else mine[i] for i in range(len(mine))))
+        return "/".join(stages)
+
+    def walk(self, arch):
+        """(resolution, letter, entrance) of each block in order."""
+        for resolution, stage in enumerate(self.validate(arch).split("/")):
+            for i, letter in enumerate(stage):
+                yield resolution, letter, "down" if i == 0 and resolution > 0 else "same"
+
+    def entrances(self, position, resolution, all_cells=False):
+        """Entrances of the cell (position, resolution) that some arch uses, as Block takes them; {} if none."""
+        c_out = self.widths[resolution]
+        c_in = c_out if position else self.block_input(resolution)
+        starts = {sum(depths[:resolution]) for depths in self.depths}
+        inside = any(sum(d[:resolution]) < position < sum(d[: resolution + 1]) for d in self.depths)
+        found = {}
+        if inside or all_cells or position == resolution == 0:
+            found["same"] = (c_in, 1)
+        if resolution and (position in starts or all_cells):
+            found["down"] = (self.widths[resolution - 1], self.strides[resolution])
+        return found
+
+    def block_input(self, resolution=0):
+        """Width that enters the first block: the stem's own, or p of the block after the input projection."""
+        return self.stem[2] if self.retraining else self.widths[resolution] // 4
+
+
+HYTRA_DEPTHS = "1159 1168 1249 1258 1339 1348 1447 1456 1555 2239 2248 2338 2347 2446 2455 3337 3346 3445 4444"
+SPACES = {
+    "fashion": SearchSpace("fashion", 28, 1, 10, (3, 2, 32, True), (32, 64, 128), (1, 2, 2),
+                           ("csa", "csat", "csat"),
+                           ((2, 2, 2), (2, 2, 3), (2, 3, 2), (2, 3, 3), (2, 2, 4), (2, 4, 2)), 16),
+    "hytra": SearchSpace("hytra", 224, 3, 100, (7, 2, 64, True), (128, 256, 512, 1024), (1, 2, 2, 2),
+                         ("csa", "csa", "csat", "ct"),
+                         tuple(tuple(map(int, depths)) for depths in HYTRA_DEPTHS.split()), 64),
+}
+SPACES["bossnet_t0"] = replace(SPACES["hytra"], name="bossnet_t0", classes=1000,
+                               widths=(256, 512, 1024, 2048), retraining=True)
+SPACES["bossnet_t1"] = replace(SPACES["bossnet_t0"], name="bossnet_t1", strides=(1, 2, 2, 1))
+
+
+def find_space(name):
+    """SPACES[name], or ValueError with the known names."""
+    if name not in SPACES:
+        raise ValueError(f"unknown space {name!r}; known: {', '.join(SPACES)}")
+    return SPACES[name]
+
+
+# ------------------------------------------------------------------------------------------ §6 supernet
+
+
+def make_stem(space):
+    """Convolution, BN, activation, optional 3x3 max pool of stride 2; the searched form adds the input projection."""
+    kernel, stride, width, pool = space.stem
+    parts = [HybridConv2d("conv", space.in_channels, width, kernel, stride), nn.BatchNorm2d(width), space.activation()]
+    if pool:
+        parts.append(nn.MaxPool2d(3, 2, 1))
+    if not space.retraining:
+        parts.append(input_projection(space, 0))
+    return nn.Sequential(*parts)
+
+
+def input_projection(space, resolution):
+    """Depthwise K x K of stride K = 2^resolution, 1x1 to the bottleneck width, BN; no activation."""
+    width, p, k = space.stem[2], space.widths[resolution] // 4, 2**resolution
+    return nn.Sequential(HybridConv2d("conv", width, width, k, k, padding=0, groups=width),
+                         HybridConv2d("conv", width, p, 1), nn.BatchNorm2d(p))
+
+
+class Head(nn.Module):
+    """Global average pool and a linear classifier. The retraining form has a second one for distillation:
+    training returns both logits, evaluation their mean."""
+
+    def __init__(self, space):
+        super().__init__()
+        self.fc = nn.Linear(space.widths[-1], space.classes)
+        self.distilled = nn.Linear(space.widths[-1], space.classes) if space.retraining else None
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        if self.distilled is None:
+            return self.fc(x)
+        return (self.fc(x), self.distilled(x)) if self.training else (self.fc(x) + self.distilled(x)) / 2
+
+
+class Network(nn.Module):
+    """One fixed network: stem, blocks, head. logits = network(x), x (N, C, H, W) -> (N, classes)."""
+
+    def __init__(self, arch, stem, blocks, head):
+        super().__init__()
+        self.arch, self.stem, self.blocks, self.head = arch, stem, nn.ModuleList(blocks), head
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, *block.entrances)
+        return self.head(x)
+
+
+def build(space, arch, shift_form="Q", seed=0):
+    """The network of an arch from scratch. Raises ValueError for an arch outside the space."""
+    blocks = []
+    with seeded(seed):
+        stem, width = make_stem(space), space.block_input()
+        for resolution, letter, entrance in space.walk(arch):
+            stride = space.strides[resolution] if entrance == "down" else 1
+            blocks.append(Block(OPS[letter], space.widths[resolution], {entrance: (width, stride)}, space,
+                                shift_form=shift_form))
+            width = space.widths[resolution]
+        return Network(arch, stem, blocks, Head(space))
+
+
+@contextmanager
+def seeded(seed):
+    """torch's global generator starts from `seed` inside, and is as before afterwards."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class Supernet(nn.Module):
+    """All networks of a space at once: logits = supernet(x, arch), x (N, C, H, W).
+
+    One cell per (position, resolution) that some arch reaches, in it one Block per op; conv, shift and add of
+    a cell read the cell's SharedWeights as `sharing` says: "none", "naive", "heterogeneous" or a Sharing.
+    Never shared: PEG, BN, attention, stem, head. all_cells=True adds the cells no arch reaches and the unused
+    slopes, as the official fabric has them, to count its published sizes; forward never enters them.
+    Source: official hytra_supernet.py, hytra_supernet_ws.py, hytra_supernet_ws_dist.py.
+    """
+
+    def __init__(self, space, sharing="heterogeneous", seed=0, all_cells=False):
+        super().__init__()
+        if isinstance(sharing, str) and sharing not in SHARING:
+            raise ValueError(f"unknown sharing {sharing!r}; known: {', '.join(SHARING)}")
+        self.space, self.sharing = space, SHARING[sharing] if isinstance(sharing, str) else sharing
+        self.blocks, self.unused_slopes = nn.ModuleDict(), nn.ParameterList()
+        with seeded(seed):
+            self.stem, self.head = make_stem(space), Head(space)
+            for position in range(max(map(sum, space.depths))):
+                for resolution in range(len(space.widths)):
+                    self.add_cell(position, resolution, all_cells)
+            if all_cells:
+                self.unreachable = nn.ModuleList(input_projection(space, r) for r in range(1, len(space.widths)))
+
+    def add_cell(self, position, resolution, all_cells):
+        """The blocks of one (position, resolution), one per op, and the weights they share."""
+        space, sharing = self.space, self.sharing
+        entrances, c_out = space.entrances(position, resolution, all_cells), space.widths[resolution]
+        if not entrances:
+            return
+        letters = [letter for letter in OPS if letter in space.ops[resolution] or all_cells and letter in "csa"]
+        readers = [OPS[letter] for letter in letters if letter in sharing.shared]
+        shapes = shared_shapes(entrances, c_out) if readers else {}
+        shared = {name: SharedWeight(shape, readers, sharing) for name, shape in shapes.items()}
+        for letter in letters:
+            self.blocks[f"{position}-{resolution}-{letter}"] = Block(
+                OPS[letter], c_out, entrances, space, shared if letter in sharing.shared else None,
+                sharing.shift_form)
+        if all_cells and readers:
+            unused = len(sharing.transformed) * (6 - len(shared))
+            self.unused_slopes.append(nn.Parameter(torch.ones(unused, sharing.bins)))
+
+    def path(self, arch):
+        """(block, entrance) of each position of an arch."""
+        for position, (resolution, letter, entrance) in enumerate(self.space.walk(arch)):
+            yield self.blocks[f"{position}-{resolution}-{letter}"], entrance
+
+    def forward(self, x, arch):
+        x = self.stem(x)
+        for block, entrance in self.path(arch):
+            x = block(x, entrance)
+        return self.head(x)
+
+    def divergence(self, arch, kl="density", generator=None):
+        """Scalar loss of the shared weights that the arch reads.
+
+        "density": mean over them of SharedWeight.divergence, in nats. "official": sum over the add layers of
+        official_kl (its weight in the official loss is 10). 0 if nothing is transformed.
+        """
+        layers = [layer for block, entrance in self.path(arch) for layer in block.layers(entrance)
+                  if layer.weight.slope]
+        if kl == "official":
+            return sum(official_kl(layer.weight.weight_for("add"), generator) for layer in layers
+                       if layer.op == "add")
+        return sum(layer.weight.divergence(layer.op) for layer in layers) / max(1, len(layers))
+
+    def extract(self, arch):
+        """The arch as a Network with copies of the weights it reads: equal output, nothing shared."""
+        blocks = []
+        for block, entrance in self.path(arch):
+            block = copy.deepcopy(block)
+            block.entrances = nn.ModuleDict({entrance: block.entrances[entrance]})
+            for layer in block.layers(entrance):
+                layer.weight = layer.weight.owned(layer.op)
+            blocks.append(block)
+        return Network(arch, copy.deepcopy(self.stem), blocks, copy.deepcopy(self.head))
+
+
+def shared_shapes(entrances, c_out):
+    """Name -> shape of the tensors that the operators of one cell share (PEG is never shared)."""
+    p = c_out // 4
+    shapes = {"conv2": (p, p, 3, 3), "conv3": (c_out, p, 1, 1)}
+    if "same" in entrances:
+        c_in, _ = entrances["same"]
+        shapes["conv1"] = (p, c_in, 1, 1)
+        if c_in != c_out:
+            shapes["shortcut"] = (c_out, c_in, 1, 1)
+    if "down" in entrances:
+        c_up, _ = entrances["down"]
+        shapes |= {"conv1_d": (p, c_up, 1, 1), "shortcut_d": (c_out, c_up, 3, 3)}
+    return shapes
