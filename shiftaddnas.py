@@ -542,7 +542,7 @@ def official_kl(weight, generator):
     n positions, q = softmax(z), z ~ Laplace(0, 2) drawn afresh. Source: official hytra_ops_ws_dist.py."""
     uniform = torch.rand(weight.numel(), generator=generator).to(weight.device) - 0.5
     z = -2 * uniform.sign() * torch.log1p(-2 * uniform.abs())
-    return F.kl_div(weight.flatten().log_softmax(0), z.softmax(0))
+    return (z.softmax(0) * (z.log_softmax(0) - weight.flatten().log_softmax(0))).mean()
 
 
 # -------------------------------------------------------------------------------------------- §4 blocks
@@ -797,6 +797,8 @@ SPACES = {
                          ("csa", "csa", "csat", "ct"),
                          tuple(tuple(map(int, depths)) for depths in HYTRA_DEPTHS.split()), 64),
 }
+SPACES["cifar10"] = replace(SPACES["fashion"], name="cifar10", image=32, in_channels=3)
+SPACES["cifar100"] = replace(SPACES["cifar10"], name="cifar100", classes=100)
 SPACES["bossnet_t0"] = replace(SPACES["hytra"], name="bossnet_t0", classes=1000,
                                widths=(256, 512, 1024, 2048), retraining=True)
 SPACES["bossnet_t1"] = replace(SPACES["bossnet_t0"], name="bossnet_t1", strides=(1, 2, 2, 1))

@@ -51,7 +51,7 @@ class Config:
     kl_weight: float = flag(0.01, "weight of the divergences of shared weights", low=0)
     kl: str = flag("density", "their form", choices=("density", "official"))
     data: str = flag("", "folder of another data set (default: the embedded Fashion-MNIST)")
-    epochs: int = flag(10, "passes over the training images", low=1)
+    epochs: int = flag(8, "passes over the training images", low=1)
     batch: int = flag(100, "images a step", low=2)
     lr: float = flag(4e-3, "peak learning rate (AdamW, one epoch of warm-up, then cosine to 0)", above=0)
     weight_decay: float = flag(0.05, "AdamW decay of weights with more than one dimension", low=0)
@@ -65,11 +65,13 @@ class Config:
 # ----------------------------------------------------------------------------------------------- flags
 
 
-def parse(config_class, manual, argv=None):
-    """Command line -> config_class instance. Bad values end in one sentence and exit code 2."""
+def parse(config_class, manual, argv=None, hidden=()):
+    """Command line -> config_class instance; `hidden` fields get no flag. ValueError for a bad value."""
     parser = argparse.ArgumentParser(description=manual, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(config_class):
+        if f.name in hidden:
+            continue
         name, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})"
         if f.type is bool or f.type == "bool":
             parser.add_argument(name, action="store_true", help=f.metadata["help"])
@@ -90,6 +92,14 @@ def check_flag(f, value):
         raise ValueError(f"{name} must be at least {limits['low']}, got {value}")
     if "above" in limits and not (value > limits["above"] and math.isfinite(value)):
         raise ValueError(f"{name} must be above {limits['above']}, got {value}")
+
+
+def check_device(name):
+    """ValueError unless torch can put a tensor on the device."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def run_command(main):
@@ -147,7 +157,9 @@ def load_data(path, space):
         raise ValueError(f"data folder {folder} does not exist")
     try:
         arrays = read_arrays(folder, embedded=not path)
-    except (EOFError, zipfile.BadZipFile, KeyError, pickle.UnpicklingError, gzip.BadGzipFile, IndexError) as error:
+    except (OSError, ValueError):
+        raise
+    except Exception as error:                    # a damaged pickle or archive can raise anything
         raise ValueError(f"{folder}: damaged or refused data file ({error})") from None
     for name in ("train", "val", "test"):
         if name + "_images" in arrays:
@@ -442,6 +454,7 @@ def main(argv=None):
     arch = read_arch(space, config.arch) if config.arch else ""
     if config.init and not arch:
         raise ValueError("--init needs --arch: it starts one network from a supernet's weights")
+    check_device(config.device)
     data = load_data(config.data, space)
     Path(config.out).mkdir(parents=True, exist_ok=True)
     path = os.path.join(config.out, (arch.replace("/", "-") or "supernet") + ".pt")

@@ -1,0 +1,1194 @@
+"""Claims of the project, in the order of its files: operators, sharing, blocks, space, supernet, training, search,
+cost model. Every reference here is an independent definition: loops in float64, closed forms, recorded figures.
+"""
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cost_model
+import search
+import shiftaddnas
+import train
+from cost_model import Layer, layer_cost, network_cost, network_layers, operations, transformer_layers
+from shiftaddnas import (LAPLACE_SCALE, OPS, SPACES, HybridConv2d, Sharing, SharedWeight, Supernet, add_conv2d,
+                         attention2d, build, find_space, fixed_point, kl_divergence, power_of_two, shift_conv2d,
+                         shift_weight)
+
+ROOT = Path(__file__).parent
+FASHION, HYTRA = SPACES["fashion"], SPACES["hytra"]
+TINY = replace(FASHION, name="tiny", ops=("c", "cs", "cst"), depths=((1, 1, 1), (1, 2, 1)))
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# -------------------------------------------------------------------------------------------- §1 rounding
+
+
+def test_power_of_two_equals_the_definition_and_passes_the_gradient():
+    w = torch.tensor([0.0, 0.3, -0.3, 1.0, 5.0, -0.7, 1e-9, 2**-15, float("nan")], requires_grad=True)
+    y = power_of_two(w)
+    expected = [0.0, 0.25, -0.25, 1.0, 1.0, -0.5, 2**-15, 2**-15, float("nan")]
+    torch.testing.assert_close(y, torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+    y.backward(torch.arange(9.0))
+    assert w.grad.equal(torch.arange(9.0)) and w[4] == 5                            # straight through, not in place
+
+
+@pytest.mark.parametrize("bits, lowest", [(2, -1), (3, -3), (5, -15)])
+def test_power_of_two_exponents_fill_the_code(bits, lowest):
+    values = power_of_two(torch.logspace(-8, 1, 400, dtype=torch.float64), bits)
+    assert values.log2().unique().tolist() == [float(e) for e in range(lowest, 1)]
+
+
+def test_shift_weight_has_the_official_values_and_gradients():
+    shift = torch.tensor([-3.2, -20.0, 1.0, -2.0, -1.0], requires_grad=True)
+    sign = torch.tensor([0.9, -0.8, 0.6, 0.5, -0.51], requires_grad=True)
+    w = shift_weight(shift, sign)
+    assert w.tolist() == [2**-3, -(2**-14), 1.0, 0.0, -0.5]
+    g = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    w.backward(g)
+    torch.testing.assert_close(shift.grad, g * w.detach() * math.log(2))
+    assert sign.grad.equal(g)
+
+
+def test_fixed_point_floors_clips_and_passes_the_gradient():
+    x = torch.tensor([0.3, -0.3, 1e6, -1e6], dtype=torch.float64, requires_grad=True)
+    y = fixed_point(x, fraction_bits=2, integer_bits=4)
+    assert y.tolist() == [0.25, -0.5, 7.0, -8.0]
+    y.sum().backward()
+    assert x.grad.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("call", [lambda: power_of_two(torch.ones(1), 1),
+                                  lambda: shift_weight(torch.ones(1), torch.ones(1), 0)])
+def test_too_few_weight_bits_are_refused(call):
+    with pytest.raises(ValueError, match="weight_bits"):
+        call()
+
+
+# ------------------------------------------------------------------------------------------- §2 operators
+
+
+def loop_conv(x, w, stride, padding, groups, term):
+    """y[n,m,i,j] = sum of term(x tap, w tap), written as loops over every index."""
+    x = F.pad(x, (padding,) * 4)
+    (n, c, h, wide), (m, cg, kh, kw) = x.shape, w.shape
+    y = x.new_zeros(n, m, (h - kh) // stride + 1, (wide - kw) // stride + 1)
+    for b, o, i, j in itertools.product(*map(range, y.shape)):
+        first = o // (m // groups) * cg
+        patch = x[b, first:first + cg, i * stride:i * stride + kh, j * stride:j * stride + kw]
+        y[b, o, i, j] = term(patch, w[o]).sum()
+    return y
+
+
+def loop_add_gradients(g, x, w, stride, padding, groups):
+    """dL/dx = sum g clip(w - x, -1, 1), dL/dw = sum g (x - w), tap by tap."""
+    padded = F.pad(x, (padding,) * 4)
+    grad_x, grad_w = torch.zeros_like(padded), torch.zeros_like(w)
+    m, cg, kh, kw = w.shape
+    for b, o, i, j in itertools.product(*map(range, g.shape)):
+        first = o // (m // groups) * cg
+        at = b, slice(first, first + cg), slice(i * stride, i * stride + kh), slice(j * stride, j * stride + kw)
+        grad_x[at] += g[b, o, i, j] * (w[o] - padded[at]).clamp(-1, 1)
+        grad_w[o] += g[b, o, i, j] * (padded[at] - w[o])
+    inside = slice(padding, padding + x.shape[2]), slice(padding, padding + x.shape[3])
+    return grad_x[(..., *inside)], grad_w
+
+
+GEOMETRIES = [  # n, c, h, w, m, k, stride, padding, groups
+    (2, 3, 5, 7, 4, 3, 1, 1, 1), (1, 4, 7, 5, 6, 3, 2, 1, 2), (2, 6, 6, 7, 6, 3, 2, 1, 6), (1, 2, 9, 8, 3, 3, 3, 0, 1),
+    (1, 6, 4, 4, 9, 1, 1, 0, 3), (1, 4, 8, 8, 8, 5, 3, 2, 4), (1, 3, 1, 1, 2, 1, 2, 0, 1), (2, 2, 7, 7, 2, 7, 2, 3, 1)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_add_conv2d_and_its_gradients_equal_loops(geometry, dtype, tolerance):
+    n, c, h, wide, m, k, stride, padding, groups = geometry
+    x, w = torch.randn(n, c, h, wide, generator=rng(1)).double(), torch.randn(m, c // groups, k, k, generator=rng(2)).double()
+    expected = loop_conv(x, w, stride, padding, groups, lambda patch, taps: -(patch - taps).abs())
+    xs, ws = (t.to(dtype).requires_grad_() for t in (x, w))
+    y = add_conv2d(xs, ws, stride, padding, groups)
+    g = torch.randn(y.shape, generator=rng(3)).double()
+    y.backward(g.to(dtype))
+    for found, wanted in zip((y, xs.grad, ws.grad), (expected, *loop_add_gradients(g, x, w, stride, padding, groups))):
+        assert (found.double() - wanted).norm() <= tolerance * wanted.norm()         # false for NaN
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_shift_conv2d_equals_a_loop_over_powers_of_two(geometry):
+    n, c, h, wide, m, k, stride, padding, groups = geometry
+    x = torch.randn(n, c, h, wide, generator=rng(1)).double()
+    w = torch.randn(m, c // groups, k, k, generator=rng(2)).double().requires_grad_()
+    grid = (x * 2**16).floor() / 2**16
+    rounded = (w.sign() * 2 ** w.abs().log2().round().clamp(-15, 0)).detach()
+    y = shift_conv2d(x, w, stride, padding, groups)
+    torch.testing.assert_close(y, loop_conv(grid, rounded, stride, padding, groups, lambda a, b: a * b))
+    y.sum().backward()
+    plain = rounded.clone().requires_grad_()
+    F.conv2d(grid, plain, None, stride, padding, 1, groups).sum().backward()
+    torch.testing.assert_close(w.grad, plain.grad)
+
+
+def test_strided_add_gradient_reaches_every_input():
+    x = torch.randn(1, 2, 8, 8, generator=rng(), requires_grad=True)
+    add_conv2d(x, torch.randn(3, 2, 3, 3, generator=rng(1)), stride=2, padding=1).sum().backward()
+    assert (x.grad != 0).all()                     # the official rule leaves all but a corner at zero
+
+
+def test_a_padded_tap_costs_the_absolute_weight():
+    w = torch.tensor([[[[1.0, -2.0, 3.0]] * 3]])
+    y = add_conv2d(torch.zeros(1, 1, 1, 1), w, padding=1)
+    assert y.item() == -18
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_input_shows_in_the_outputs_that_read_it_and_in_no_other(value):
+    x, w = torch.randn(2, 2, 6, 6, generator=rng()), torch.randn(3, 2, 3, 3, generator=rng(1))
+    x[1, 0, 2, 2] = value
+    broken = ~torch.isfinite(add_conv2d(x, w))
+    expected = torch.zeros(2, 3, 4, 4, dtype=torch.bool)
+    expected[1, :, 0:3, 0:3] = True
+    assert broken.equal(expected)
+
+
+def test_add_conv2d_takes_empty_batches_odd_layouts_and_a_common_offset():
+    w = torch.randn(5, 3, 3, 3, generator=rng())
+    assert add_conv2d(torch.empty(0, 3, 6, 6), w).shape == (0, 5, 4, 4)
+    x = torch.randn(2, 3, 6, 7, generator=rng(1))
+    y = add_conv2d(x, w, padding=1)
+    torch.testing.assert_close(add_conv2d(x.to(memory_format=torch.channels_last), w, padding=1), y, rtol=0, atol=0)
+    torch.testing.assert_close(add_conv2d(x.transpose(2, 3).contiguous().transpose(2, 3), w, padding=1), y, rtol=0, atol=0)
+    far = add_conv2d(x + 100, w + 100).double()
+    near = add_conv2d((x + 100).double() - 100, (w + 100).double() - 100)
+    assert (far - near).norm() < 1e-4 * near.norm()
+
+
+@pytest.mark.parametrize("shape, weight, settings", [
+    ((1, 3, 5, 5), (2, 4, 3, 3), {}), ((1, 4, 5, 5), (3, 2, 3, 3), {"groups": 2}), ((3, 5, 5), (2, 3, 3, 3), {}),
+    ((1, 3, 2, 2), (2, 3, 3, 3), {}), ((1, 3, 5, 5), (2, 3, 3, 3), {"stride": 0}),
+    ((1, 3, 5, 5), (2, 3, 3, 3), {"padding": -1})])
+@pytest.mark.parametrize("operator", [add_conv2d, shift_conv2d])
+def test_operators_name_the_shapes_that_do_not_fit(operator, shape, weight, settings):
+    with pytest.raises(ValueError, match=r"x \(.*weight \("):
+        operator(torch.zeros(shape), torch.zeros(weight), **settings)
+
+
+def test_attention_weights_of_an_output_sum_to_one_and_equal_loops():
+    n, c, dim = 2, 8, 4
+    x, w = torch.randn(n, c, 3, 5, generator=rng()).double(), torch.randn(3 * c, c, 1, 1, generator=rng(1)).double()
+    y, qkv = attention2d(x, w, dim), torch.einsum("oc,ncl->nol", w[:, :, 0, 0], x.flatten(2))
+    for b, head in itertools.product(range(n), range(c // dim)):
+        q, k, v = (qkv[b, part * c + head * dim: part * c + (head + 1) * dim] for part in range(3))
+        for i in range(15):
+            weights = torch.softmax(torch.stack([(q[:, i] * k[:, j]).sum() / dim**0.5 for j in range(15)]), 0)
+            torch.testing.assert_close(y[b, head * dim:(head + 1) * dim].flatten(1)[:, i], v @ weights)
+    w[2 * c:] = torch.eye(c).view(c, c, 1, 1)                       # values = inputs, and these all equal 1
+    torch.testing.assert_close(attention2d(torch.ones_like(x), w, dim), torch.ones_like(x))
+
+
+# --------------------------------------------------------------------------------------------- §3 sharing
+
+
+def shared(shape=(64, 64, 3, 3), **change):
+    with shiftaddnas.seeded(0):
+        return SharedWeight(shape, ["conv", "shift", "add"], Sharing(**change))
+
+
+def test_transformed_weight_is_laplacian_at_the_start():
+    weight = shared((512, 512, 1, 1))
+    a = weight.weight_for("add").detach().flatten().double().sort().values
+    cdf = torch.where(a < 0, 0.5 * torch.exp(a / LAPLACE_SCALE), 1 - 0.5 * torch.exp(-a / LAPLACE_SCALE))
+    grid = torch.arange(1, len(a) + 1) / len(a)
+    assert (cdf - grid).abs().max() < 0.02                                   # Kolmogorov-Smirnov distance
+
+
+def test_transform_is_monotone_at_the_start_and_keeps_the_largest_weight():
+    weight = shared()
+    w, a = weight.w.detach().flatten(), weight.weight_for("add").detach().flatten()
+    assert (a[w.argsort()].diff() >= 0).all()
+    assert a[w.argmax()] == a.max() > 0 and a[w.argmin()] == a.min() < 0
+
+
+def test_transform_is_one_gather_of_slopes_over_equal_bins():
+    weight, w = shared(bins=7), None
+    weight.slope["add"].data = torch.arange(1.0, 8.0)
+    w = weight.w.detach().flatten()
+    lo, width = w.min(), (w.max() - w.min()) / 7
+    index = torch.stack([(w >= lo + width * i * (1 + 1e-6)).long() for i in range(1, 7)]).sum(0)
+    near_edge = (((w - lo) / width) % 1 - 0.5).abs() > 0.4999
+    torch.testing.assert_close(weight.weight_for("add").flatten()[~near_edge], (w * (index + 1))[~near_edge])
+
+
+def test_transform_is_equivariant_to_a_permutation_of_the_weights():
+    weight = shared((16, 8, 3, 3))
+    before, order = weight.weight_for("add").flatten(), torch.randperm(16 * 72, generator=rng())
+    weight.w.data = weight.w.data.flatten()[order].view_as(weight.w)
+    assert weight.weight_for("add").flatten().equal(before[order])
+
+
+def test_divergence_is_zero_on_the_target_and_exact_between_gaussian_and_laplacian():
+    normal = torch.randn(10**6, generator=rng()).double()
+    uniform = torch.rand(10**6, generator=rng(1)).double() - 0.5
+    laplace = -uniform.sign() * torch.log1p(-2 * uniform.abs())
+
+    def log_normal(a):
+        return -a**2 / 2 - math.log(math.sqrt(2 * math.pi))
+
+    def log_laplace(a):
+        return -a.abs() - math.log(2)
+
+    assert abs(kl_divergence(normal, log_normal, None)) < 2e-3
+    assert abs(kl_divergence(laplace, log_laplace, None)) < 2e-3
+    exact = math.log(2) + math.sqrt(2 / math.pi) - 0.5 * math.log(2 * math.pi * math.e)
+    assert abs(kl_divergence(normal, log_laplace, None) - exact) < 0.02 * exact
+
+
+def test_divergence_pulls_a_sample_to_its_target():
+    sample = (0.3 * torch.randn(2000, generator=rng())).requires_grad_()
+    kl_divergence(sample, lambda a: -a**2 / 2 - 0.9189).backward()
+    assert (sample.grad * sample).sum() < 0                                  # too narrow: descent widens it
+
+
+def test_official_divergence_is_the_softmax_form():
+    w = torch.randn(50, generator=rng())
+    uniform = torch.rand(50, generator=rng(7)) - 0.5
+    z = -2 * uniform.sign() * torch.log1p(-2 * uniform.abs())
+    p, q = w.softmax(0), z.softmax(0)
+    torch.testing.assert_close(shiftaddnas.official_kl(w, rng(7)), (q * (q.log() - p.log())).mean())
+
+
+@pytest.mark.parametrize("mode", ["none", "naive", "heterogeneous"])
+@pytest.mark.parametrize("letter", "csa")
+def test_gradient_reaches_the_weight_of_every_op(mode, letter):
+    supernet = Supernet(FASHION, mode)
+    for block in supernet.blocks.values():
+        torch.nn.init.ones_(block.bn3.weight)
+    arch = "/".join(letter * n for n in (2, 2, 2))
+    supernet(torch.randn(4, 1, 28, 28, generator=rng()), arch).square().sum().backward()
+    for block, entrance in supernet.path(arch):
+        for layer in block.layers(entrance):
+            assert layer.weight.w.grad is not None and layer.weight.w.grad.abs().sum() > 0
+            if layer.op in layer.weight.slope:
+                assert layer.weight.slope[layer.op].grad.abs().sum() > 0
+    cells = [supernet.blocks[f"0-0-{op}"].conv3.weight for op in "csa"]
+    assert (cells[0] is cells[1] is cells[2]) == (mode != "none")
+
+
+def test_eta_makes_the_weight_gradient_as_long_as_adder_nets():
+    layer = HybridConv2d("add", 3, 8, 3, eta=0.2)
+    for scale in (1.0, 50.0):
+        layer.zero_grad()
+        (scale * layer(torch.randn(2, 3, 6, 6, generator=rng()))).sum().backward()
+        assert layer.weight.w.grad.norm().item() == pytest.approx(0.2 * math.sqrt(3 * 8 * 9), rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------- §5 space
+
+
+def test_space_sizes_are_the_published_and_the_counted_ones():
+    assert HYTRA.size() == 198_955_008 and len(HYTRA.depths) == 19
+    listed = set()
+    for depths in TINY.depths:
+        for stages in itertools.product(*(itertools.product(ops, repeat=n) for ops, n in zip(TINY.ops, depths))):
+            listed.add("/".join("".join(stage) for stage in stages))
+    assert TINY.size() == len(listed) == 18
+    assert {TINY.arch(i) for i in range(TINY.size())} == listed
+
+
+def test_samples_are_uniform_over_archs_and_valid():
+    generator = rng()
+    counts = Counter(TINY.sample(generator) for _ in range(3600))
+    assert len(counts) == 18 and all(abs(n - 200) < 5 * math.sqrt(200) for n in counts.values())
+    assert all(HYTRA.validate(HYTRA.sample(generator)) for _ in range(200))
+
+
+@pytest.mark.parametrize("space", [FASHION, HYTRA], ids=lambda space: space.name)
+def test_children_stay_in_the_space_and_come_from_their_parents(space):
+    generator = rng()
+    for _ in range(200):
+        one, two = space.sample(generator), space.sample(generator)
+        child = space.validate(space.crossover(one, two, generator))
+        assert [len(s) for s in child.split("/")] in ([len(s) for s in arch.split("/")] for arch in (one, two))
+        for mine, a, b in zip(*(arch.split("/") for arch in (child, one, two))):
+            assert all(letter in (a[i:i + 1], b[i:i + 1]) for i, letter in enumerate(mine))
+        space.validate(space.mutate(one, generator))
+        assert space.mutate(one, generator, 0, 0) == one
+
+
+BAD_ARCHS = [("cc/cx/cc", "unknown op 'x'"), ("cc/cc", "3 resolutions"), ("ct/cc/cc", "not offered at resolution 1"),
+             ("c/cc/cc", "1-2-2 blocks"), ("", "3 resolutions"), ("cccccc", "3 resolutions"), (None, "3 resolutions"),
+             ("tt/cc/cc", "not offered"), ("cc/cc/cc/cc", "3 resolutions")]
+
+
+@pytest.mark.parametrize("arch, message", BAD_ARCHS)
+def test_a_bad_arch_is_named(arch, message):
+    with pytest.raises(ValueError, match=message):
+        FASHION.validate(arch)
+
+
+# -------------------------------------------------------------------------------------------- §6 supernet
+
+
+@pytest.mark.parametrize("sharing, published", [
+    (Sharing(shared="", transformed="", shift_form="PS"), 615_390_116),
+    (Sharing(shared="ca", shift_form="PS"), 489_823_652), ("naive", 238_427_044), ("heterogeneous", 238_465_444),
+    (Sharing(transformed="as"), 238_503_844)])
+def test_all_cells_of_hytra_have_the_published_sizes(sharing, published):
+    with torch.device("meta"):
+        assert parameters(Supernet(HYTRA, sharing, all_cells=True)) == published
+
+
+def test_only_reachable_cells_are_built():
+    with torch.device("meta"):
+        assert parameters(Supernet(HYTRA, Sharing("", "", "PS"))) == 136_776_868
+
+
+@pytest.mark.parametrize("arch, form, published", [
+    ("cc/cccc/sctaa/ttctt", "PS", 31_418_160), ("cc/cccc/sctaa/ttctt", "Q", 29_908_528),
+    ("cc/cscc/sctss/ttctt", "Q", 29_909_040)])
+def test_retraining_networks_have_the_published_sizes(arch, form, published):
+    with torch.device("meta"):
+        network = build(SPACES["bossnet_t0"], arch, form)
+    assert parameters(network) == published
+    assert parameters(network.head.distilled) == 2_049_000
+
+
+@pytest.mark.parametrize("mode", ["none", "naive", "heterogeneous"])
+def test_an_extracted_subnet_equals_the_supernet(mode):
+    supernet, generator = Supernet(FASHION, mode), rng()
+    x = torch.randn(3, 1, 28, 28, generator=generator)
+    for _ in range(6):
+        arch = FASHION.sample(generator)
+        supernet.train()(x, arch)                                            # moves the statistics
+        supernet.eval()
+        network = supernet.extract(arch).eval()
+        torch.testing.assert_close(network(x), supernet(x, arch), rtol=0, atol=0)
+        with torch.device("meta"):
+            assert parameters(network) == parameters(build(FASHION, arch))
+        mine = {p.data_ptr() for p in supernet.parameters()}
+        assert not any(p.data_ptr() in mine for p in network.parameters())
+
+
+def test_hytra_runs_forward_and_backward_at_64_pixels():
+    supernet, generator = Supernet(replace(HYTRA, widths=(32, 64, 256, 256))), rng()
+    for _ in range(5):
+        arch = HYTRA.sample(generator)
+        logits = supernet(torch.randn(2, 3, 64, 64, generator=generator), arch)
+        logits.square().mean().backward()
+        assert logits.shape == (2, 100) and torch.isfinite(logits).all()
+    assert all(torch.isfinite(p.grad).all() for p in supernet.parameters() if p.grad is not None)
+
+
+def test_a_seed_decides_the_weights_and_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    one, two, other = Supernet(TINY, seed=1), Supernet(TINY, seed=1), Supernet(TINY, seed=2)
+    assert torch.get_rng_state().equal(state)
+    assert all(a.equal(b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+    assert not one.head.fc.weight.equal(other.head.fc.weight)
+
+
+# ------------------------------------------------------------------------------------------------ train.py
+
+
+@pytest.fixture
+def tiny_data(tmp_path, monkeypatch):
+    """A folder of 120 training and 40 test images that can be told apart, as .npy files."""
+    folder, random_ = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    for split, n in (("train", 120), ("test", 40)):
+        labels = np.arange(n) % 10
+        images = random_.integers(0, 60, (n, 28, 28), dtype=np.uint8)
+        images[np.arange(n), labels * 2] = 255
+        np.save(folder / f"{split}_images.npy", images)
+        np.save(folder / f"{split}_labels.npy", labels)
+    return folder
+
+
+def command(program, *flags, **options):
+    return subprocess.run([sys.executable, ROOT / f"{program}.py", *map(str, flags)], capture_output=True, text=True,
+                          timeout=120, **options)
+
+
+def losses(path):
+    return [json.loads(line)["loss"] for line in Path(path).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("arch", ["", "ca/st/ac"])
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(arch, tiny_data, tmp_path, monkeypatch):
+    flags = ["--data", str(tiny_data), "--epochs", "3", "--batch", "30"] + (["--arch", arch] if arch else [])
+    train.main(flags + ["--out", str(tmp_path / "whole")])
+    name = (arch.replace("/", "-") or "supernet") + ".jsonl"
+    real = train.augment
+    calls = []
+
+    def interrupted(x, generator):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(x, generator)
+
+    monkeypatch.setattr(train, "augment", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags + ["--out", str(tmp_path / "halved")])
+    assert len(losses(tmp_path / "halved" / name)) == 5
+    train.main(flags + ["--out", str(tmp_path / "halved"), "--resume"])
+    assert losses(tmp_path / "halved" / name) == losses(tmp_path / "whole" / name)
+    assert len(losses(tmp_path / "whole" / name)) == 9
+
+
+def test_a_loss_that_is_not_finite_names_the_arch(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.F, "cross_entropy", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(ValueError, match="loss became nan at step 0 with arch cc/sa/tt"):
+        train.main(["--data", str(tiny_data), "--arch", "cc/sa/tt", "--out", str(tmp_path)])
+
+
+def test_inherited_weights_start_where_the_supernet_is(tiny_data, tmp_path):
+    flags = ["--data", str(tiny_data), "--epochs", "1", "--batch", "30", "--out", str(tmp_path)]
+    train.main(flags)
+    supernet = train.load_supernet(tmp_path / "supernet.pt", FASHION)
+    train.main(flags + ["--arch", "ca/st/ac", "--init", str(tmp_path / "supernet.pt"), "--lr", "1e-9"])
+    trained = train.load_checkpoint(tmp_path / "ca-st-ac.pt", arch="ca/st/ac")["model"]
+    for name, value in supernet.extract("ca/st/ac").named_parameters():
+        torch.testing.assert_close(trained[name], value.detach(), atol=1e-6, rtol=0)
+
+
+def test_recalibration_gives_the_statistics_of_the_training_images():
+    data, network = train.load_data("", FASHION), build(FASHION, "cc/cc/cc")
+    train.recalibrate(network, data, images=64)
+    x, _ = data.train.batch(np.arange(64))
+    stem = network.stem[0]((x - data.mean) / data.std)
+    torch.testing.assert_close(network.stem[1].running_mean, stem.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
+    assert not network.training
+
+
+def test_augmentation_shifts_and_mirrors_and_keeps_the_rest():
+    x = torch.arange(28.0 * 28).view(1, 1, 28, 28).repeat(64, 1, 1, 1) + 1
+    y = train.augment(x, rng())
+    assert y.shape == x.shape and set(y.unique().tolist()) <= set(x.unique().tolist()) | {0.0}
+    centres = {tuple(image[0, 14, 13:15].tolist()) for image in y}
+    assert len(centres) > 20 and any(a > b for a, b in centres) and any(a < b for a, b in centres)
+
+
+def test_embedded_splits_are_disjoint_and_balanced():
+    data = train.load_data("", FASHION)
+    assert [len(split.index) for split in data[:3]] == [5000, 1000, 2000]
+    assert not set(data.train.index) & set(data.val.index)
+    assert set(Counter(data.test.labels.tolist()).values()) == {200}
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    path.write_bytes(train.gzip.compress(header + array.tobytes()) if path.suffix == ".gz" else header + array.tobytes())
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_idx_files_are_read(end, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (24, 28, 28), dtype=np.uint8)
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte{end}", images)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte{end}", np.arange(24, dtype=np.uint8) % 10)
+    data = train.load_data(tmp_path, FASHION)
+    x, y = data.test.batch(np.arange(24))
+    assert (x[:, 0] * 255).round().to(torch.uint8).equal(torch.from_numpy(images)) and y[13] == 3
+
+
+@pytest.mark.parametrize("name, files, key", [
+    ("cifar10", [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], b"labels"),
+    ("cifar100", ["train", "test"], b"fine_labels")])
+def test_official_cifar_folders_are_read(name, files, key, tmp_path):
+    rows = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
+    for file in files:
+        (tmp_path / file).write_bytes(pickle.dumps({b"data": rows, key: list(range(10)) * 2}, protocol=4))
+    x, y = train.load_data(tmp_path, SPACES[name]).test.batch(np.arange(20))
+    assert x.shape == (20, 3, 32, 32) and y[11] == 1
+    assert (x[4, 1, 2, 5] * 255).round() == rows[4, 1024 + 2 * 32 + 5]
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def damage(folder, kind):
+    """Turns a good folder of .npy files into a bad one."""
+    images, labels = (np.load(folder / f"train_{name}.npy") for name in ("images", "labels"))
+    if kind == "label":
+        np.save(folder / "train_labels.npy", labels + 5)
+    elif kind == "size":
+        np.save(folder / "train_images.npy", images[:, 1:])
+    elif kind == "count":
+        np.save(folder / "train_labels.npy", labels[:-1])
+    elif kind == "float":
+        np.save(folder / "train_images.npy", images.astype(np.float32))
+    elif kind == "truncated":
+        (folder / "train_images.npy").write_bytes((folder / "train_images.npy").read_bytes()[:900])
+    elif kind == "missing":
+        (folder / "test_labels.npy").unlink()
+    elif kind == "empty":
+        for file in folder.iterdir():
+            file.unlink()
+    elif kind == "object":
+        np.save(folder / "train_labels.npy", np.array([Malice()], dtype=object), allow_pickle=True)
+    elif kind == "malice":
+        damage(folder, "empty")
+        (folder / "train").write_bytes(pickle.dumps({b"data": Malice()}, protocol=2))
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("label", "labels run from 5 to 14"), ("size", "27x28"), ("count", "120 train images but 119 labels"),
+    ("float", "float32"), ("truncated", "train_images|mmap|damaged"), ("missing", "test_labels"),
+    ("empty", "holds none of"), ("object", "object|allow_pickle"), ("malice", "damaged or refused")])
+def test_bad_data_ends_in_one_sentence(kind, message, tiny_data, tmp_path, capsys, monkeypatch):
+    damage(tiny_data, kind)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        train.run_command(lambda: train.main(["--data", str(tiny_data), "--out", str(tmp_path / "o")]))
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1
+    assert re.search(message, error)
+    assert not (tmp_path / "pwned").exists() and not (tmp_path / "o").exists()
+
+
+BAD_FLAGS = [("--space nowhere", "unknown space 'nowhere'"), ("--arch cc/cx/cc", "unknown op 'x'"),
+             ("--arch tt/cc/cc", "not offered"), ("--epochs 0", "--epochs must be at least 1"),
+             ("--batch -3", "--batch must be at least"), ("--lr 0", "--lr must be above 0"),
+             ("--lr nan", "--lr must be above 0"), ("--data /nowhere", "does not exist"),
+             ("--init x.pt", "--init needs --arch"), ("--arch cc/cc/cc --init x.pt", "x.pt does not exist"),
+             ("--sharing some", "--sharing 'some' is unknown"), ("--arch nothing.json", "nothing.json"),
+             ("--kl-weight -1", "--kl-weight must be at least 0"), ("--device nowhere", "nowhere")]
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS)
+def test_bad_flags_of_train_end_in_one_sentence(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train.run_command(lambda: train.main(flags.split() + ["--out", str(tmp_path / "o")]))
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", pickle.dumps({"model": 1})])
+def test_a_damaged_checkpoint_is_refused(content, tmp_path):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        train.load_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_checkpoint_of_another_space_is_refused(tmp_path):
+    train.save({"model": {}, "space": "hytra", "arch": "", "config": {}, "step": 1}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="made for space 'hytra', this run asks for 'fashion'"):
+        train.load_supernet(tmp_path / "x.pt", FASHION)
+
+
+# ----------------------------------------------------------------------------------------------- search.py
+
+
+def evolve(space, score=None, state=None, **flags):
+    config = search.SearchConfig(**{"budget": 0.0, "generations": 5, **flags})
+    calls, reports = [], []
+
+    def scored(arch):
+        calls.append(arch)
+        return (score or (lambda a: a.count("s") + 10 * a.count("t")))(arch)
+
+    def report(state):
+        reports.append(json.loads(json.dumps(state)))
+
+    return search.evolve(config, space, scored, state if state is not None else {}, report), calls, reports
+
+
+def test_a_search_on_a_space_of_three_networks_ends_with_each_scored_once():
+    space = replace(TINY, ops=("c", "c", "cst"), depths=((1, 1, 1),))
+    state, calls, _ = evolve(space)
+    assert sorted(calls) == sorted(state["scores"]) == ["c/c/c", "c/c/s", "c/c/t"]
+
+
+def test_the_search_finds_the_best_and_scores_nothing_twice():
+    state, calls, _ = evolve(FASHION, generations=30)
+    assert len(calls) == len(set(calls))
+    assert max(state["scores"].values()) >= 50                       # t at five of six or more coarse positions
+
+
+def test_the_last_generation_counts():
+    seen = []
+    state, calls, reports = evolve(FASHION, score=lambda arch: seen.append(arch) or float(len(seen)))
+    assert max(state["scores"], key=state["scores"].get) == calls[-1]
+    assert set(reports[-1]["scores"]) - set(reports[-2]["scores"])
+
+
+def test_a_resumed_search_equals_an_uninterrupted_one():
+    whole, _, reports = evolve(FASHION)
+    resumed, calls, _ = evolve(FASHION, state=reports[2])
+    assert resumed["scores"] == whole["scores"] and len(calls) < len(whole["scores"])
+
+
+def test_every_scored_arch_is_inside_every_limit():
+    flags = {"budget": 0.7, "max_params": 150_000, "max_macs": 1_500_000}
+    state, _, _ = evolve(FASHION, **flags)
+    config = search.SearchConfig(**flags)
+    for arch in state["scores"]:
+        own, full = search.describe(FASHION, arch), search.describe(FASHION, search.all_of("c", FASHION, arch))
+        assert own["energy_mj"] <= 0.7 * full["energy_mj"]
+        assert own["params"] <= 150_000 and own["macs"] <= 1_500_000 and search.fits(config, FASHION, arch)
+    assert len(state["scores"]) > 10
+
+
+@pytest.mark.parametrize("flags", ["--budget 0.01", "--max-energy-mj 1e-6", "--max-params 10", "--max-macs 5",
+                                   "--max-latency-ms 1e-9"])
+def test_a_budget_that_nothing_meets_says_what_the_cheapest_needs(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train.run_command(lambda: search.main(flags.split() + ["--out", str(tmp_path / "o")]))
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and flags.split()[0] in error and "cheapest networks need" in error
+
+
+def test_the_whole_story_twice_gives_the_same_result_and_survives_kills(tiny_data, tmp_path):
+    flags = ["--data", tiny_data, "--epochs", 1, "--batch", 20, "--first", 3, "--generations", 1, "--mutations", 1,
+             "--crossovers", 1, "--random", 1]
+    run = command("search", *flags, "--out", tmp_path / "one")
+    assert run.returncode == 0, run.stderr
+    for seconds in (4.0, 5.5):                                       # killed twice, somewhere, then left to end
+        process = subprocess.Popen([sys.executable, ROOT / "search.py", *map(str, flags), "--out", tmp_path / "two"],
+                                   stdout=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+    assert command("search", *flags, "--out", tmp_path / "two").returncode == 0
+    one, two = (json.loads((tmp_path / name / "search.json").read_text()) for name in ("one", "two"))
+    one["config"].pop("out"), two["config"].pop("out")
+    assert one == two
+    assert [row["name"] for row in one["table"]] == ["all-conv", "all-shift", "all-add", "random", "winner"]
+    assert one["table"][4]["energy_mj"] <= one["budget"]["energy_mj"]
+    winner = json.loads((tmp_path / "one" / "winner.json").read_text())
+    assert train.read_arch(FASHION, str(tmp_path / "one" / "winner.json")) == winner["arch"] == one["winner"]
+    assert (tmp_path / "one" / "supernet.jsonl").read_text() == (tmp_path / "two" / "supernet.jsonl").read_text()
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = command("search", "--out", tmp_path / "file" / "o")
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "file" in run.stderr
+
+
+# ------------------------------------------------------------------------------------------ cost_model.py
+V3, V4 = "cc/cccc/sctaa/ttctt", "cc/cscc/sctss/ttctt"
+
+# distinct layers: count op batch kernel stride in_h in_c out_h out_c groups energy_mj latency_ms (square maps)
+T0_MIX_V3_224 = """
+1 conv 1 7 2 224 3 112 64 1 5.2231811072 3.211264
+3 conv 1 1 1 56 64 56 256 1 2.4731549696 1.605632
+1 conv 1 1 1 56 64 56 64 1 0.6784999424 0.401408
+2 conv 1 3 1 56 64 56 64 64 5.0017042432 4.816896
+2 conv 1 3 1 56 64 56 64 1 5.0017042432 4.816896
+2 conv 1 1 1 1 256 1 16 1 0.0019606752 0.000128
+2 conv 1 1 1 1 16 1 256 1 0.0019607936 0.000128
+1 conv 1 1 1 56 256 56 64 1 2.5221668864 1.605632
+1 conv 1 1 1 28 256 28 512 1 4.6930214912 3.211264
+1 conv 1 1 1 56 256 56 128 1 4.7232073728 3.211264
+1 conv 1 3 2 56 128 28 128 128 5.4303277056 4.816896
+4 conv 1 3 1 28 128 28 128 1 5.167325184 4.816896
+4 conv 1 1 1 28 128 28 512 1 2.41045504 1.605632
+4 conv 1 1 1 1 512 1 32 1 0.007615392 0.000512
+4 conv 1 1 1 1 32 1 512 1 0.0076085248 0.000512
+3 conv 1 1 1 28 512 28 128 1 2.4349609984 1.605632
+3 conv 1 3 1 28 128 28 128 128 5.167325184 4.816896
+1 shift 1 1 1 14 512 14 1024 1 1.45617306624 1.14688
+1 shift 1 1 1 28 512 28 256 1 1.36621671424 1.00352
+1 shift 1 3 2 28 256 14 256 256 1.59756874752 1.72032
+1 shift 1 3 1 14 256 14 256 1 1.53419645952 1.72032
+1 shift 1 1 1 14 256 14 1024 1 0.73807782912 0.57344
+4 conv 1 1 1 1 1024 1 64 1 0.0300315776 0.002048
+4 conv 1 1 1 1 64 1 1024 1 0.0299913216 0.002048
+2 conv 1 1 1 14 1024 14 256 1 2.522764288 1.835008
+2 conv 1 3 1 14 256 14 256 256 5.2890771456 5.505024
+1 conv 1 3 1 14 256 14 256 1 5.2890771456 5.505024
+2 conv 1 1 1 14 256 14 1024 1 2.5305817088 1.835008
+1 conv 1 1 1 14 256 14 768 1 1.9079714816 1.376256
+1 matmul 784 1 1 1 64 1 196 1 0.4626515712 0.307328
+1 matmul 256 1 1 1 196 1 196 1 0.4218086208 0.401408
+2 add 1 1 1 14 1024 14 256 1 1.1876257792 1.605632
+2 add 1 3 1 14 256 14 256 256 4.001234944 4.816896
+2 add 1 3 1 14 256 14 256 1 4.001234944 4.816896
+2 add 1 1 1 14 256 14 1024 1 1.1898535936 1.605632
+1 conv 1 1 1 7 1024 7 2048 1 5.4531690496 3.670016
+1 conv 1 1 1 14 1024 14 512 1 4.965246976 3.670016
+1 conv 1 3 2 14 512 7 512 512 6.1313404928 5.505024
+4 conv 1 1 1 7 512 7 1536 1 2.0619455488 1.376256
+4 matmul 392 1 1 1 64 1 49 1 0.06835892 0.043904
+4 matmul 512 1 1 1 49 1 49 1 0.0735127988 0.100352
+5 conv 1 1 1 7 512 7 2048 1 2.7425705984 1.835008
+4 conv 1 1 1 7 2048 7 512 1 2.738661888 1.835008
+4 conv 1 3 1 7 512 7 512 512 5.9586547712 5.505024
+1 conv 1 3 1 7 512 7 512 1 5.9586547712 5.505024
+1 conv 1 1 1 1 2048 1 128 1 0.1192663296 0.008192
+1 conv 1 1 1 1 128 1 2048 1 0.1191100416 0.008192
+2 linear 1 1 1 1 2048 1 1000 1 0.928905864 0.0512
+"""
+
+T0_MIX_V4_256 = """
+1 conv 1 7 2 256 3 128 64 1 6.8438884352 3.670016
+3 conv 1 1 1 64 64 64 256 1 3.2247906304 2.097152
+1 conv 1 1 1 64 64 64 64 1 0.8819048448 0.524288
+2 conv 1 3 1 64 64 64 64 64 6.4941457408 6.291456
+2 conv 1 3 1 64 64 64 64 1 6.4941457408 6.291456
+2 conv 1 1 1 1 256 1 16 1 0.0019606752 0.000128
+2 conv 1 1 1 1 16 1 256 1 0.0019607936 0.000128
+1 conv 1 1 1 64 256 64 64 1 3.277062144 2.097152
+1 conv 1 1 1 32 256 32 512 1 6.1657317376 4.194304
+1 conv 1 1 1 64 256 64 128 1 6.134693888 4.194304
+1 conv 1 3 2 64 128 32 128 128 6.9500665856 6.291456
+3 conv 1 3 1 32 128 32 128 1 6.606553088 6.291456
+3 conv 1 1 1 32 128 32 512 1 3.1663849472 2.097152
+4 conv 1 1 1 1 512 1 32 1 0.007615392 0.000512
+4 conv 1 1 1 1 32 1 512 1 0.0076085248 0.000512
+1 shift 1 1 1 32 512 32 128 1 0.91424325632 0.65536
+1 shift 1 3 1 32 128 32 128 128 1.90958927872 1.96608
+1 shift 1 3 1 32 128 32 128 1 1.90958927872 1.96608
+1 shift 1 1 1 32 128 32 512 1 0.92062482432 0.65536
+2 conv 1 1 1 32 512 32 128 1 3.1459639296 2.097152
+2 conv 1 3 1 32 128 32 128 128 6.606553088 6.291456
+1 shift 1 1 1 16 512 16 1024 1 1.88065316864 1.31072
+1 shift 1 1 1 32 512 32 256 1 1.76295051264 1.31072
+1 shift 1 3 2 32 256 16 256 256 2.07334735872 1.96608
+3 shift 1 3 1 16 256 16 256 1 1.98323535872 1.96608
+3 shift 1 1 1 16 256 16 1024 1 0.95337644032 0.65536
+4 conv 1 1 1 1 1024 1 64 1 0.0300315776 0.002048
+4 conv 1 1 1 1 64 1 1024 1 0.0299913216 0.002048
+2 conv 1 1 1 16 1024 16 256 1 3.2219725824 2.097152
+2 conv 1 3 1 16 256 16 256 256 6.842220544 6.291456
+1 conv 1 3 1 16 256 16 256 1 6.842220544 6.291456
+2 conv 1 1 1 16 256 16 1024 1 3.2711901184 2.097152
+1 conv 1 1 1 16 256 16 768 1 2.4372445184 1.572864
+1 matmul 1024 1 1 1 64 1 256 1 0.7916486656 0.524288
+1 matmul 256 1 1 1 256 1 256 1 0.7193100288 0.524288
+2 shift 1 1 1 16 1024 16 256 1 0.93799596032 0.65536
+2 shift 1 3 1 16 256 16 256 256 1.98323535872 1.96608
+1 conv 1 1 1 8 1024 8 2048 1 6.8826693632 4.194304
+1 conv 1 1 1 16 1024 16 512 1 6.4171016192 4.194304
+1 conv 1 3 2 16 512 8 512 512 7.6794822656 6.291456
+4 conv 1 1 1 8 512 8 1536 1 2.5835536384 1.572864
+8 matmul 512 1 1 1 64 1 64 1 0.1038106624 0.065536
+5 conv 1 1 1 8 512 8 2048 1 3.4622144512 2.097152
+4 conv 1 1 1 8 2048 8 512 1 3.4308947968 2.097152
+4 conv 1 3 1 8 512 8 512 512 7.453933568 6.291456
+1 conv 1 3 1 8 512 8 512 1 7.453933568 6.291456
+1 conv 1 1 1 1 2048 1 128 1 0.1192663296 0.008192
+1 conv 1 1 1 1 128 1 2048 1 0.1191100416 0.008192
+2 linear 1 1 1 1 2048 1 1000 1 0.928905864 0.0512
+"""
+
+
+def golden(text):
+    """[(count, Layer, energy_mj, latency_ms)]"""
+    rows = []
+    for line in text.split("\n")[1:-1]:
+        count, op, *sizes, groups, energy_mj, latency_ms = line.split()
+        n, k, stride, h, c, e, m = map(int, sizes)
+        rows.append((int(count), Layer(op, n, k, stride, h, h, c, e, e, m, int(groups)), float(energy_mj),
+                     float(latency_ms)))
+    return rows
+
+
+# ---- official accounting ----
+
+@pytest.mark.parametrize("text, pe_limit", [(T0_MIX_V3_224, 168), (T0_MIX_V4_256, 192)])
+def test_every_recorded_row_is_reproduced(text, pe_limit):
+    for _, layer, energy_mj, latency_ms in golden(text):
+        cost = layer_cost(layer, pe_limit=pe_limit)
+        assert cost.energy_mj == pytest.approx(energy_mj, rel=1e-9), layer
+        assert cost.latency_ms == pytest.approx(latency_ms, rel=1e-9), layer
+        assert sum(cost[2:7]) == pytest.approx(cost.energy_mj, rel=1e-12)
+
+
+@pytest.mark.parametrize("text, arch, image", [(T0_MIX_V3_224, V3, 224), (T0_MIX_V4_256, V4, 256)])
+def test_arch_string_gives_the_recorded_layers(text, arch, image):
+    assert Counter(network_layers("bossnet_t0", arch, image)) == {row[1]: row[0] for row in golden(text)}
+
+
+def test_layers_come_in_execution_order():
+    layers = network_layers("bossnet_t0", V3, 224)
+    rows = ([(7, 3, 64)] + [(1, 64, 256), (1, 64, 64), (3, 64, 64), (3, 64, 64), (1, 64, 256), (1, 256, 16), (1, 16, 256)]
+            + [(1, 256, 64), (3, 64, 64), (3, 64, 64), (1, 64, 256), (1, 256, 16), (1, 16, 256)])
+    assert [(layer.kernel, layer.in_c, layer.out_c) for layer in layers[:14]] == rows
+    assert "".join(layer.op[0] for layer in layers[39:73]) == "ssssscc" + "cccccc" + "cccmmc" + "aaaacc" * 2 + "ccc"
+    assert [layer.op for layer in layers[-2:]] == ["linear"] * 2
+
+
+@pytest.mark.parametrize("space, arch, image, pe_limit, energy_mj, latency_ms", [
+    ("bossnet_t0", V3, 224, 168, 242.264, 206.402), ("bossnet_t0", V3, 256, 168, 310.452, 255.599),
+    ("bossnet_t0", V3, 288, 168, 386.565, 257.373), ("bossnet_t0", V4, 224, 168, 219.809, 181.056),
+    ("bossnet_t1", V3, 224, 168, 440.619, 387.655), ("bossnet_t1", V3, 256, 168, 572.399, 464.790),
+    ("bossnet_t0", V4, 256, 192, 281.066, 219.161), ("bossnet_t1", V4, 224, 192, 413.234, 252.696),
+    ("bossnet_t1", V4, 256, 192, 543.013, 428.352)])
+def test_published_totals(space, arch, image, pe_limit, energy_mj, latency_ms):
+    cost = network_cost(network_layers(space, arch, image), pe_limit=pe_limit)
+    assert cost[:2] == pytest.approx((energy_mj, latency_ms), abs=5.1e-4)
+
+
+def test_published_counts_energy_split_and_macs():
+    layers = network_layers(find_space("bossnet_t0"), V3)
+    assert Counter(layer.op for layer in layers) == dict(conv=78, add=8, shift=5, matmul=10, linear=2)
+    split = {"conv": (211.502, 2.903), "add": (20.760, 0.438), "shift": (6.692, 0.373), "matmul": (1.452, 0.030)}
+    for op, (energy_mj, giga_macs) in split.items():
+        own = [layer for layer in layers if layer.op == op]
+        assert network_cost(own, pe_limit=168).energy_mj == pytest.approx(energy_mj, abs=5.1e-4)
+        assert operations(own)["macs"] / 1e9 == pytest.approx(giga_macs, abs=5.1e-4)
+
+
+def test_the_array_limit_changes_the_published_latency():
+    layers = network_layers("bossnet_t0", V3, 224)
+    costs = [network_cost(layers, pe_limit=limit) for limit in (168, 192)]
+    assert costs[0].latency_ms == pytest.approx(206.402, abs=5e-4) and costs[1].latency_ms < 180
+
+
+@pytest.mark.parametrize("shape, energy_mj, latency_ms", [
+    ((512, 2048, 8), 69.41455, 41.82336), ((1024, 4096, 16, 6, 512), 214.33576, 130.24512),
+    ((1024, 4096, 16, 6, 1024), 272.94733, 166.22208)])
+def test_transformer_totals(shape, energy_mj, latency_ms):
+    cost = network_cost(transformer_layers(*shape), pe_limit=168)
+    assert cost[:2] == pytest.approx((energy_mj, latency_ms), abs=5.1e-6)
+
+
+def test_official_quirks_by_hand():
+    one = Layer("conv", 1, 1, 1, 1, 1, 1, 1, 1, 1)
+    # one word in, one weight, one word out, every factor 1; pJ at 32 bits
+    memory = {"dram": 400 * 3, "buffer": 44.4 * 2, "noc": 14.8 * 2 + 7.4, "rf": 7.4 + 14.8 + 7.4}
+    assert layer_cost(one).energy_mj == pytest.approx((3.7 + sum(memory.values())) * 1e-9)
+    add = layer_cost(one._replace(op="add"))
+    assert add[2:7] == pytest.approx([v * 1e-9 for v in (0.9, 0, 0, 7.4, 29.6)]) and add.latency_ms == 4e-6
+    for bits, pj in ((32, 0.13), (8, 0.024)):                      # 10-bit words at either width
+        shift = layer_cost(one._replace(op="shift"), bits)
+        assert shift.energy_mj == pytest.approx((pj + sum(memory.values()) * 10 / 32) * 1e-9)
+        assert shift.latency_ms == pytest.approx(1.25e-6)
+    depthwise = Layer("conv", 1, 3, 1, 8, 8, 16, 8, 8, 16, 16)
+    assert layer_cost(depthwise) == layer_cost(depthwise._replace(groups=1))
+
+
+# ---- uniform accounting: one test by hand a rule ----
+
+ONE = Layer("conv", 1, 1, 1, 1, 1, 1, 1, 1, 1)      # one word in, one weight, one word out
+
+
+def uniform(layer, bits=32):
+    return layer_cost(layer, bits, "uniform", 168)
+
+
+def test_uniform_word_width_is_five_bits_for_shift_weights_only():
+    # DRAM 12.5 pJ a bit: input 32 + output 32 + weight 32 or 5 bits
+    assert uniform(ONE).dram_mj == pytest.approx(12.5 * 96 * 1e-9)
+    assert uniform(ONE._replace(op="shift")).dram_mj == pytest.approx(12.5 * 69 * 1e-9)
+    assert uniform(ONE._replace(op="shift"), 8).dram_mj == pytest.approx(12.5 * 21 * 1e-9)
+    # register file: input and partial sum 7.4 each, weight 2 * 7.4 at 32 bits and 5/32 of it at 5
+    assert uniform(ONE._replace(op="shift")).rf_mj == pytest.approx((14.8 + 14.8 * 5 / 32) * 1e-9)
+
+
+def test_uniform_add_pays_every_memory_level():
+    assert uniform(ONE._replace(op="add"))[3:7] == uniform(ONE)[3:7]
+    assert min(uniform(ONE._replace(op="add"))[3:7]) > 0
+
+
+@pytest.mark.parametrize("op, pj_32, pj_8", [("conv", 4.6, 0.23), ("linear", 4.6, 0.23), ("matmul", 4.6, 0.23),
+                                             ("shift", 1.03, 0.054), ("add", 1.8, 0.06)])
+def test_uniform_compute_counts_the_accumulation(op, pj_32, pj_8):
+    assert uniform(ONE._replace(op=op)).compute_mj == pytest.approx(pj_32 * 1e-9)
+    assert uniform(ONE._replace(op=op), 8).compute_mj == pytest.approx(pj_8 * 1e-9)
+
+
+def test_uniform_clock_is_the_same_for_every_op():
+    assert {uniform(ONE._replace(op=op)).latency_ms for op in cost_model.PRIMITIVES} == {4e-6}
+
+
+def test_uniform_honours_groups():
+    dense = Layer("conv", 1, 3, 1, 8, 8, 1, 8, 8, 1)
+    depthwise = dense._replace(in_c=32, out_c=32, groups=32)
+    assert uniform(depthwise)[:7] == pytest.approx([32 * value for value in uniform(dense)[:7]])
+    # by hand: a group has 64 inputs, 9 weights, 64 outputs, each once to or from DRAM, at 400 pJ a 32-bit word
+    assert uniform(depthwise).dram_mj == pytest.approx(32 * 400 * (64 + 9 + 64) * 1e-9)
+    assert uniform(depthwise).compute_mj == pytest.approx(32 * 64 * 9 * 4.6 * 1e-9)
+
+
+def test_uniform_tiles_round_up():
+    # 17 outputs: two passes of a 16-word register tile, so the input word crosses the array twice
+    cost = uniform(ONE._replace(out_c=17))
+    assert cost.noc_mj == pytest.approx((14.8 * (2 + 17) + 7.4 * 17) * 1e-9)
+    prime, composite = (Layer("conv", 1, 1, 1, 8, 8, c, 8, 8, 64) for c in (127, 128))
+    assert uniform(prime).energy_mj < uniform(composite).energy_mj
+    assert layer_cost(prime).energy_mj > layer_cost(composite).energy_mj
+
+
+def random_layer(rng):
+    op = rng.choice(list(cost_model.PRIMITIVES))
+    groups = rng.choice([1, 1, 1, rng.randint(1, 24)])
+    c, m = groups * rng.randint(1, 160 // groups), groups * rng.randint(1, 160 // groups)
+    if op in ("linear", "matmul"):
+        return Layer(op, rng.randint(1, 300), 1, 1, 1, 1, c, 1, 1, m)
+    kernel, stride, h, w = rng.choice([1, 3, 5, 7]), rng.choice([1, 2]), rng.randint(1, 60), rng.randint(1, 60)
+    return Layer(op, 1, kernel, stride, h, w, c, -(-h // stride), -(-w // stride), m, groups)
+
+
+def larger_layers(layer, rng):
+    """The layer with more channels, a larger map, a larger batch."""
+    g, step = layer.groups, rng.randint(1, 40)
+    yield layer._replace(in_c=layer.in_c + g * step)
+    yield layer._replace(out_c=layer.out_c + g * step)
+    yield layer._replace(batch=layer.batch + step)
+    if layer.op in ("conv", "shift", "add"):
+        h, w = layer.in_h + step, layer.in_w + step
+        yield layer._replace(in_h=h, out_h=-(-h // layer.stride))
+        yield layer._replace(in_w=w, out_w=-(-w // layer.stride))
+
+
+def test_uniform_energy_is_monotone_on_random_layers():
+    rng = random.Random(0)
+    for _ in range(60):
+        layer = random_layer(rng)
+        cost = uniform(layer)
+        assert uniform(layer, 8).energy_mj < cost.energy_mj, layer
+        for larger in larger_layers(layer, rng):
+            assert uniform(larger).energy_mj > cost.energy_mj, (layer, larger)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_uniform_shift_never_costs_more_than_conv(bits):
+    rng = random.Random(bits)
+    for _ in range(60):
+        layer = random_layer(rng)._replace(op="shift")
+        assert uniform(layer, bits).energy_mj < uniform(layer._replace(op="conv"), bits).energy_mj, layer
+
+
+# ---- the tiling search itself ----
+
+def brute_force(layer, pe_limit):
+    """Official choice by plain loops: least normalised energy + latency over every valid tiling (conv, 32 bits)."""
+    def tuples(n, parts):
+        if parts == 1:
+            return [(n,)]
+        return [(d, *rest) for d in range(1, n + 1) if n % d == 0 for rest in tuples(n // d, parts - 1)]
+
+    _, n, r, st, h, w, c, e, f, m, _ = layer
+    found = []
+    for n0, n3 in tuples(n, 2):
+        for m0, m1, m2, m3 in tuples(m, 4):
+            for c0, c1, c2 in tuples(c, 3):
+                for e1, e3 in tuples(e, 2):
+                    words = n0 * c1 * c0 * ((e1 - 1) * st + r) * ((f - 1) * st + r) + n0 * m2 * m1 * m0 * e1 * f
+                    if (m0 > 16 or e1 == 1 or m1 * c1 * e1 * r >= pe_limit or c0 * r >= 12 or m0 * c0 * r >= 960
+                            or words >= 65536):
+                        continue
+                    i, wt, o = n * h * w * c, r * r * c * m, n * e * f * m
+                    noc_in = i * m3 * m2 * m1 * r * e / h
+                    pj = (3.7 * o * r * r * c + 400 * (i * m3 + wt * n3 * e3 + o)
+                          + 44.4 * (i * m3 * m2 + o * max(2 * (c2 - 1), 1)) + 14.8 * (noc_in + wt * n3 * e3 * e1)
+                          + 7.4 * o * max(c2 * (c1 * r - 1), 1) + 7.4 * noc_in * m0 * r * f / w
+                          + 14.8 * wt * n3 * e3 * e1 * f * n0 + 7.4 * o * max(2 * c2 * c1 * r * (c0 * r - 1), 1))
+                    found.append((pj * 1e-9, n3 * n0 * m3 * m2 * m0 * c2 * c0 * e3 * f * r * 4e-6))
+    energies, latencies = zip(*found)
+    return min(found, key=lambda x: (x[0] - min(energies)) / max(energies) + (x[1] - min(latencies)) / max(latencies))
+
+
+@pytest.mark.parametrize("layer", [Layer("conv", 2, 3, 2, 9, 11, 6, 5, 6, 12), Layer("conv", 1, 5, 1, 8, 8, 4, 8, 8, 6)])
+def test_official_choice_equals_plain_loops(layer):
+    assert layer_cost(layer, pe_limit=168)[:2] == pytest.approx(brute_force(layer, 168), rel=1e-12)
+
+
+def test_eight_bits_double_the_memories_and_quadruple_the_array():
+    layer = Layer("conv", 1, 3, 1, 14, 14, 512, 14, 14, 512)
+    tiling = layer_cost(layer, 8, pe_limit=168).tiling
+    assert 168 <= tiling.m1 * tiling.c1 * tiling.e1 * 3 < 4 * 168
+    assert 16 < tiling.m0 <= 32 or tiling.c0 * 3 >= 12
+
+
+# ---- errors ----
+
+@pytest.mark.parametrize("change, message", [
+    ({"op": "pool"}, "unknown op 'pool': allowed are conv"), ({"batch": 0}, "batch is 0"), ({"in_h": -3}, "in_h is -3"),
+    ({"in_c": 6.0}, "in_c is 6.0"), ({"kernel": True}, "kernel is True"), ({"groups": 4}, "groups 4 must divide in_c 6"),
+    ({"out_c": "8"}, "out_c is '8'")])
+def test_bad_layer_is_named(change, message):
+    layer = Layer("conv", 1, 3, 1, 8, 8, 6, 8, 8, 8)
+    layer_cost(layer)                                              # a cached valid twin must not hide 6.0
+    with pytest.raises(ValueError, match=message):
+        layer_cost(layer._replace(**change))
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"accounting": "fair"}, "unknown accounting 'fair': allowed are official, uniform"), ({"bits": 16}, "bits is 16"),
+    ({"bits": 32.0}, "bits is 32.0"), ({"pe_limit": 0}, "pe_limit is 0"), ({"pe_limit": 1.5}, "pe_limit is 1.5")])
+def test_bad_setting_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        layer_cost(ONE, **settings)
+
+
+@pytest.mark.parametrize("accounting, layer, limit", [
+    ("official", Layer("conv", 1, 13, 1, 20, 20, 4, 20, 20, 4), r"C0\*S < 12"),
+    ("uniform", Layer("conv", 1, 13, 1, 20, 20, 4, 20, 20, 4), r"C0\*S < 12"),
+    ("official", Layer("conv", 1, 7, 1, 37, 37, 3, 37, 37, 8), r"M1\*C1\*E1\*R < 192"),
+    ("official", Layer("conv", 1, 3, 2, 2, 2, 8, 1, 1, 8), "E1 > 1"),
+    ("official", Layer("conv", 1, 1, 1, 4, 40000, 1, 4, 40000, 1), "65536 words"),
+    ("uniform", Layer("conv", 1, 1, 1, 4, 40000, 1, 4, 40000, 1), "65536 words")])
+def test_layer_that_no_tiling_fits_names_the_limit(accounting, layer, limit):
+    with pytest.raises(ValueError, match=limit):
+        layer_cost(layer, accounting=accounting)
+
+
+@pytest.mark.parametrize("space, arch, image, message", [
+    ("fashion", V3, None, "cc/cccc"), ("nowhere", V3, None, "nowhere"), ("fashion", "cc/cc/xx", None, "x"),
+    ("fashion", "cc/cc/cc", 0, "image is 0"), ("fashion", "cc/cc/cc", 28.0, "image is 28.0"),
+    ("fashion", "cc/cc/cc", (28, 28, 1), "image is"), ("fashion", None, None, "None")])
+def test_bad_network_is_named(space, arch, image, message):
+    with pytest.raises(ValueError, match=message):
+        network_layers(space, arch, image)
+
+
+# ---- layers against the real networks ----
+
+def conv_macs_of(space, arch, size):
+    """MACs of every convolution, shift, add and linear call of the built network, seen by forward hooks."""
+    from shiftaddnas import Attention2d, HybridConv2d
+    counts = Counter()
+
+    def count(module, inputs, output):
+        if isinstance(module, torch.nn.Linear):
+            counts["macs"] += module.in_features * module.out_features
+        elif isinstance(module, Attention2d):
+            counts["macs"] += 3 * module.qkv.shape[1] ** 2 * inputs[0].shape[2] * inputs[0].shape[3]
+        else:
+            counts["macs"] += output.numel() * module.weight_numel_per_output
+
+    with torch.device("meta"):
+        network = build(space, arch).eval()
+        for module in network.modules():
+            if isinstance(module, HybridConv2d):
+                module.weight_numel_per_output = math.prod(module.shape[1:])
+            elif isinstance(module, torch.nn.Conv2d):
+                module.weight_numel_per_output = math.prod(module.weight.shape[1:])
+            if isinstance(module, (HybridConv2d, torch.nn.Conv2d, torch.nn.Linear, Attention2d)):
+                module.register_forward_hook(count)
+        network(torch.zeros(1, space.in_channels, *size))
+    return counts["macs"]
+
+
+@pytest.mark.parametrize("name, arch, size", [
+    ("fashion", "cc/st/tc", (28, 28)), ("fashion", "ss/ccst/tc", (33, 21)), ("bossnet_t0", "cc/cscc/sctss/ttctt", (97, 64)),
+    ("bossnet_t1", "cs/cscc/sctss/ttctt", (64, 64)), ("hytra", "cscs/cscs/cstc/ttct", (224, 224))])
+def test_layers_equal_the_built_network(name, arch, size):
+    space = find_space(name)
+    layers = [layer for layer in network_layers(space, arch, size) if layer.op != "matmul"]
+    assert operations(layers)["macs"] == conv_macs_of(space, arch, size)
+
+
+def test_operations_count_primitives():
+    conv, shift, add = (Layer(op, 1, 3, 1, 4, 4, 6, 4, 4, 8, 2) for op in ("conv", "shift", "add"))
+    macs = 16 * 8 * 9 * 3
+    assert operations([conv, shift, add]) == {"mults": macs, "shifts": macs, "adds": 4 * macs, "macs": 3 * macs}
+
+
+# ---- measured latency and the command line ----
+
+def test_measured_table_is_cached_and_predicts(tmp_path, monkeypatch):
+    space, path, calls = find_space("fashion"), tmp_path / "latency.json", []
+    timed = cost_model._timed_ms
+    monkeypatch.setattr(cost_model, "_timed_ms", lambda jobs, image: calls.append(len(jobs)) or timed(jobs, image, 3))
+    table = cost_model.measured_table(space, path)
+    assert cost_model.measured_table(space, path) == table and calls == [4 + 20]
+    assert len(table["check"]) == 20 and list(tmp_path.iterdir()) == [path]
+    parts = table["latency_ms"]
+    assert len(parts) == 2 + 2 * (3 + 4 + 4) and min(parts.values()) > 0
+    assert cost_model.measured_latency_ms(space, "cs/at/tc", table) == pytest.approx(
+        sum(parts[key] for key in ("stem", "1c^", "1s+", "2a^", "2t+", "3t^", "3c+", "head")))
+    with pytest.raises(ValueError, match="fashion"):
+        cost_model.measured_latency_ms(find_space("hytra"), "c/c/ccccc/ccccccccc", table)
+    table["machine"]["torch"] = "0.1"
+    path.write_text(json.dumps(table))
+    assert cost_model.measured_table(space, path)["machine"]["torch"] == torch.__version__ and len(calls) == 2
+
+
+def run(capsys, *argv):
+    code = cost_model.main(list(argv))
+    streams = capsys.readouterr()
+    return code, streams.out, streams.err
+
+
+def test_json_of_the_published_network(capsys):
+    code, out, _ = run(capsys, "--space", "bossnet_t0", "--arch", V3, "--image", "224", "--pe-limit", "168", "--json")
+    result = json.loads(out)
+    assert code == 0 and result["energy_mj"] == pytest.approx(242.264, abs=5e-4) and result["params"] == 29_908_528
+    assert result["latency_ms"] == pytest.approx(206.402, abs=5e-4) and result["layers"]["conv"] == 78
+    assert (result["accounting"], result["bits"], result["pe_limit"]) == ("official", 32, 168)
+    assert result["macs"] / 1e9 == pytest.approx(3.747, abs=5e-4)
+    assert sum(row["energy_mj"] for row in result["by_op"].values()) == pytest.approx(result["energy_mj"])
+
+
+def test_table_csv_compare_and_plot(capsys, tmp_path):
+    code, out, _ = run(capsys, "--arch", "cc/sa/tt", "--compare", "ss/ss/ss", "cc/cc/cc", "--image", "20x31")
+    assert code == 0 and "image 20x31" in out and "\ntotal " in out and out.count(" mJ (") == 2
+    code, out, _ = run(capsys, "--arch", "cc/sa/tt", "--csv", "--accounting", "uniform", "--bits", "8")
+    rows = [line.split(",") for line in out.split()]
+    energies = [float(row[rows[0].index("energy_mj")]) for row in rows[1:]]
+    layers = network_layers("fashion", "cc/sa/tt")
+    assert len(energies) == len(layers) and sum(energies) == pytest.approx(network_cost(layers, 8, "uniform")[0])
+    pytest.importorskip("matplotlib")
+    assert run(capsys, "--arch", "cc/sa/tt", "--plot", str(tmp_path / "bars.png"))[0] == 0
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = run(capsys, "--arch", "cc/sa/tt", "--plot", "bars.png")
+    assert code == 2 and "matplotlib" in err and err.count("\n") == 1
+
+
+def test_arch_from_a_json_file(capsys, tmp_path):
+    path = tmp_path / "winner.json"
+    path.write_text('{"arch": "cc/sa/tt"}')
+    assert run(capsys, "--arch", str(path)) == run(capsys, "--arch", "cc/sa/tt")
+
+
+@pytest.mark.parametrize("argv", [
+    ["--arch", "cc/xx/tt"], ["--arch", "nowhere.json"], ["--arch", "cc/sa/tt", "--image", "0"], ["--bogus"], [],
+    ["--arch", "cc/sa/tt", "--image", "axb"], ["--arch", "cc/sa/tt", "--bits", "16"], ["--arch", "cc/sa/tt", "--acc", "x"],
+    ["--space", "nowhere", "--arch", "cc"], ["--arch", "cc/sa/tt", "--pe-limit", "1"],
+    ["--arch", "cc/sa/tt", "--image", "20x30", "--measure", "x.json"], ["--table", "/nowhere/energy.md"]])
+def test_bad_command_line_is_one_sentence_and_exit_2(capsys, argv):
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and not out and err.startswith("cost_model.py: ") and err.count("\n") == 1
+
+
+def test_energy_table_holds_every_published_network():
+    table = cost_model.energy_table()
+    for number in ("242.264", "310.452", "386.565", "219.809", "281.066", "440.619", "572.399", "413.234", "543.013",
+                   "69.41455", "214.33576", "272.94733"):
+        assert number in table
+    assert "What remains of the saving" in table
+
+
+def test_script_runs_and_import_does_nothing():
+    folder = Path(cost_model.__file__).parent
+    silent = subprocess.run([sys.executable, "-c", "import cost_model"], cwd=folder, capture_output=True, check=True)
+    assert silent.stdout == silent.stderr == b""
+
+
+def test_the_model_is_fast_enough_to_search_with():
+    lines = cost_model.benchmark(32, "official", 168, archs=200)
+    cold_s, many_s = (float(line.split()[-2]) for line in lines)
+    assert cold_s < 1.0 and many_s < 2.0                # ten times the measured values; a bound, not a measurement
