@@ -1,31 +1,33 @@
 """Energy and latency of conv / shift / add / attention networks on an Eyeriss-like accelerator.
 
-Row-stationary analytical model of ShiftAddNAS (You et al., ICML 2022, abstract: "up to 93 % energy and 69 % latency
-savings"; official code CV/retraining_hybrid/hw_utils.py, cal_energy.py and NLP/en-de/sim), after Eyeriss (ISCA 2016).
+Row-stationary analytical model of ShiftAddNAS (You et al., ICML 2022, abstract: "up to 93 % energy and 69 %
+latency savings"; official code CV/retraining_hybrid/hw_utils.py, cal_energy.py and NLP/en-de/sim), after
+Eyeriss (ISCA 2016).
 
     python cost_model.py --space bossnet_t0 --arch cc/cccc/sctaa/ttctt --image 224 --pe-limit 168
     python cost_model.py --table results/energy.md         every published network under both accountings
 
-Symbols  N batch, C M channels in and out, H W input, E F output, R = S kernel; X0 register, X1 array, X2 buffer,
-         X3 DRAM factor of X = N, M, C, E; a word is 16 bits.  Units: pJ in the tables, mJ and ms in every result.
+Symbols  N batch, C M channels in and out, H W input, E F output, R = S kernel; X0 register, X1 array,
+         X2 buffer, X3 DRAM factor of X = N, M, C, E; a word is 16 bits. Tables in pJ, results in mJ and ms.
 
 accounting="official" reproduces the published records, "uniform" compares like with like:
 
-    question            official                          uniform, and why
-    groups              ignored, depthwise costs dense    honoured, one group after another: absent MACs cost nothing
-    word width          conv, add `bits`; shift 10        activations `bits` for all, shift weights 5: the real formats
-    memory of add       DRAM, buffer, NoC free            pays every level: its weights and maps move like any other's
-    compute             one mult, add or shift a MAC      accumulation included: conv mult + add, shift shift + add,
-                                                          add layer two adds (subtract, accumulate)
-    clock               4 ns, shift 4 * 10/32 ns          4 ns for all: a narrower word does not speed up the array
-    tiles               exact divisors, E1 > 1            any tile of a fixed ladder, last one partly filled: a prime
-                                                          size must not cost more than the next larger composite one
-    choice of tiling    least normalised energy+latency   least energy, then latency: the set of tilings of a layer
-                                                          contains those of any larger layer, so energy is monotone
+    question            official                         uniform, and why
+    groups              ignored, depthwise costs dense   honoured, one group after another: absent MACs cost 0
+    word width          conv, add `bits`; shift 10       activations `bits`, shift weights 5: real formats
+    memory of add       DRAM, buffer, NoC free           every level: its data move like any other's
+    compute             one mult, add or shift a MAC     accumulation included: conv mult + add, shift
+                                                         shift + add, add subtract + accumulate
+    clock               4 ns, shift 4 * 10/32 ns         4 ns: a narrower word does not speed up the array
+    tiles               exact divisors, E1 > 1           a fixed ladder, the last tile partly filled: a prime
+                                                         size must not cost more than the next composite one
+    choice of tiling    least normalised energy          least energy, then latency: a layer's tilings fit any
+                        + latency                        larger layer too, so energy is monotone
 
-Both: batch norm, activation, pooling and softmax are free; a matmul reads its second operand once for all heads;
-processing-element limit 168 (12 x 14, Eyeriss) or 192 (12 x 16): the published records mix the two.
+Both: batch norm, activation, pooling and softmax are free; a matmul reads its second operand once for all
+heads; processing-element limit 168 (12 x 14, Eyeriss) or 192 (12 x 16): the published records mix the two.
 """
+
 import argparse
 import csv
 import hashlib
@@ -46,24 +48,39 @@ import torch
 from shiftaddnas import OPS, build, find_space
 
 # pJ an operation (45 nm, ShiftAddNet Table 1; official get_unit_energy)
-COMPUTE_PJ = {32: {"mult": 3.7, "add": 0.9, "shift": 0.13},
-              8: {"mult": 0.2, "add": 0.03, "shift": 0.024}}
-# pJ a 16-bit word: DRAM 200, the others multiples of a 3.7 pJ multiplication (Eyeriss; official get_unit_energy)
-MEMORY_PJ = {"dram": 200.0, "buffer": 6 * 3.7, "noc": 2 * 3.7, "noc_psum": 3.7, "rf": 3.7, "rf_weight": 2 * 3.7}
+COMPUTE_PJ = {32: {"mult": 3.7, "add": 0.9, "shift": 0.13}, 8: {"mult": 0.2, "add": 0.03, "shift": 0.024}}
+# pJ a 16-bit word: DRAM 200, the others multiples of a 3.7 pJ multiplication (Eyeriss; official
+# get_unit_energy)
+MEMORY_PJ = {
+    "dram": 200.0,
+    "buffer": 6 * 3.7,
+    "noc": 2 * 3.7,
+    "noc_psum": 3.7,
+    "rf": 3.7,
+    "rf_weight": 2 * 3.7,
+}
 # storage limits in words, by bits (official valid_tiling: 8 bits double the memories, quadruple the array)
-LIMITS = {32: {"output_rf": 16, "input_rf": 12, "weight_rf": 960, "buffer": 65536, "array": 1},
-          8: {"output_rf": 32, "input_rf": 24, "weight_rf": 1920, "buffer": 131072, "array": 4}}
-CYCLE_NS = 4.0                                              # 250 MHz
-SHIFT_WEIGHT_BITS = 5                                       # sign and exponent (DeepShift, official weight_bits)
-PRIMITIVES = {"conv": ("mult", "add"), "linear": ("mult", "add"), "matmul": ("mult", "add"),
-              "shift": ("shift", "add"), "add": ("add", "add")}     # operations of one MAC; official counts the first
+LIMITS = {
+    32: {"output_rf": 16, "input_rf": 12, "weight_rf": 960, "buffer": 65536, "array": 1},
+    8: {"output_rf": 32, "input_rf": 24, "weight_rf": 1920, "buffer": 131072, "array": 4},
+}
+CYCLE_NS = 4.0  # 250 MHz
+SHIFT_WEIGHT_BITS = 5  # sign and exponent (DeepShift, official weight_bits)
+PRIMITIVES = {
+    "conv": ("mult", "add"),
+    "linear": ("mult", "add"),
+    "matmul": ("mult", "add"),
+    "shift": ("shift", "add"),
+    "add": ("add", "add"),
+}  # operations of one MAC; official counts the first
 ACCOUNTINGS = ("official", "uniform")
 LEVELS = ("compute", "dram", "buffer", "noc", "rf")
-LADDER = np.array(sorted(k * 2 ** i for k in (1, 3, 7) for i in range(12)))     # tile sizes of uniform
+LADDER = np.array(sorted(k * 2**i for k in (1, 3, 7) for i in range(12)))  # tile sizes of uniform
 
 
 class Layer(NamedTuple):
     """One layer as the accelerator sees it; linear and matmul are N rows of 1x1 maps."""
+
     op: str
     batch: int
     kernel: int
@@ -79,7 +96,7 @@ class Layer(NamedTuple):
     @property
     def macs(self):
         """Multiply-accumulates (or their shift, add counterpart), groups honoured."""
-        return self.batch * self.out_h * self.out_w * self.out_c * self.kernel ** 2 * self.in_c // self.groups
+        return self.batch * self.out_h * self.out_w * self.out_c * self.kernel**2 * self.in_c // self.groups
 
 
 # factors of one layer (of one group of it under uniform); N3, M3, C2, E3 are rounded up
@@ -88,6 +105,7 @@ Tiling = namedtuple("Tiling", "n0 n3 m0 m1 m2 m3 c0 c1 c2 e1 e3")
 
 class Cost(NamedTuple):
     """energy_mj is the sum of the five levels; tiling is None for a network."""
+
     energy_mj: float
     latency_ms: float
     compute_mj: float
@@ -100,14 +118,15 @@ class Cost(NamedTuple):
 
 # ---- 1 one layer ----
 
+
 def layer_cost(layer, bits=32, accounting="official", pe_limit=192):
     """Cost of one layer with the tiling that the accounting chooses (module docstring).
 
     bits 32 or 8, pe_limit: M1*C1*E1*R stays below it (below 4 times it at 8 bits).
-    Raises ValueError for an unknown op, accounting or bits, a size that is not a positive int, groups that do not
-    divide both channels, and a layer that no tiling fits (names the limit).
-    Example, linear 1 -> 1: I = W = O = 1 word of 32 bits. DRAM 3*400, buffer 2*44.4, NoC 2*14.8 + 7.4, RF 7.4 + 14.8
-    + 7.4, compute 3.7, in all 1359.1 pJ and one cycle of 4 ns (uniform: 0.9 pJ more for the accumulation).
+    Raises ValueError for an unknown op, accounting or bits, a size that is not a positive int, groups that do
+    not divide both channels, and a layer that no tiling fits (names the limit). Example, linear 1 -> 1: I = W
+    = O = 1 word of 32 bits. DRAM 3*400, buffer 2*44.4, NoC 2*14.8 + 7.4, RF 7.4 + 14.8 + 7.4, compute 3.7, in
+    all 1359.1 pJ and one cycle of 4 ns (uniform: 0.9 pJ more for the accumulation).
     """
     if layer.op not in PRIMITIVES:
         raise ValueError(f"unknown op {layer.op!r}: allowed are {', '.join(PRIMITIVES)}")
@@ -136,7 +155,9 @@ def _layer_cost(layer, bits, accounting, pe_limit):
     if uniform:
         best = np.argmin(np.where(energy_pj == energy_pj.min(), cycles, np.inf))
     else:
-        best = np.argmin((energy_pj - energy_pj.min()) / energy_pj.max() + (cycles - cycles.min()) / cycles.max())
+        best = np.argmin(
+            (energy_pj - energy_pj.min()) / energy_pj.max() + (cycles - cycles.min()) / cycles.max()
+        )
     levels_mj = [float(np.broadcast_to(level, cycles.shape)[best]) * groups * 1e-9 for level in levels_pj]
     cycle_ns = CYCLE_NS * 10 / 32 if layer.op == "shift" and not uniform else CYCLE_NS
     latency_ms = float(cycles[best]) * groups * cycle_ns * 1e-6
@@ -146,20 +167,26 @@ def _layer_cost(layer, bits, accounting, pe_limit):
 def _traffic(layer, tiles, bits, uniform):
     """Energy by level in pJ, cycles and factors of every tiling (official get_energy, get_latency).
 
-    tiles n0, m0, m1, m2, c0, c1, e1: arrays. The outer factors are rounded up; for divisors nothing is rounded.
+    tiles n0, m0, m1, m2, c0, c1, e1: arrays. The outer factors are rounded up; for divisors nothing is
+    rounded.
     """
     op, n, r, _, h, w, c, e, f, m, _ = layer
     n0, m0, m1, m2, c0, c1, e1 = tiles
     n3, e3, c2, m3 = -(-n // n0), -(-e // e1), -(-c // (c0 * c1)), -(-m // (m0 * m1 * m2))
     m_passes, c_passes = -(-m // (m0 * m1)), -(-c // c0)
     weights, outputs, macs = r * r * c * m, n * e * f * m, n * e * f * m * r * r * c
-    act = weight = (10 if op == "shift" and not uniform else bits) / 16          # words
+    act = weight = (10 if op == "shift" and not uniform else bits) / 16  # words
     if op == "shift" and uniform:
         weight = SHIFT_WEIGHT_BITS / 16
     off_chip = 0.0 if op == "add" and not uniform else 1.0
-    compute = sum(COMPUTE_PJ[bits][name] for name in PRIMITIVES[op][:2 if uniform else 1])
+    compute = sum(COMPUTE_PJ[bits][name] for name in PRIMITIVES[op][: 2 if uniform else 1])
     dram = off_chip * MEMORY_PJ["dram"] * (act * (n * h * w * c * m3 + outputs) + weight * weights * n3 * e3)
-    buffer = off_chip * MEMORY_PJ["buffer"] * act * (n * h * w * c * m_passes + outputs * np.maximum(2 * (c2 - 1), 1))
+    buffer = (
+        off_chip
+        * MEMORY_PJ["buffer"]
+        * act
+        * (n * h * w * c * m_passes + outputs * np.maximum(2 * (c2 - 1), 1))
+    )
     noc = off_chip * MEMORY_PJ["noc"] * (act * n * w * c * r * e * -(-m // m0) + weight * weights * n3 * e)
     noc = noc + MEMORY_PJ["noc_psum"] * act * outputs * np.maximum(c_passes * r - c2, 1)
     rf = MEMORY_PJ["rf"] * act * (macs + outputs * np.maximum(2 * r * (c * r - c_passes), 1))
@@ -197,9 +224,14 @@ def _keep(tiles, mask, layer, limit):
 
 
 def _divisor_tiles(layer, limits):
-    """n0, m0, m1, m2, c0, c1, e1 over exact divisors (official valid_tiling); E1 = 1 only on 1x1 maps and FC."""
+    """n0, m0, m1, m2, c0, c1, e1 over exact divisors (official valid_tiling); E1 = 1 only on 1x1 maps and
+    FC."""
     op, n, r, stride, h, w, c, e, f, m, _ = layer
-    c_tiles, m_tiles, e_tiles = _factorisations(c, 3)[:2], _factorisations(m, 4)[:3], _factorisations(e, 2)[:1]
+    c_tiles, m_tiles, e_tiles = (
+        _factorisations(c, 3)[:2],
+        _factorisations(m, 4)[:3],
+        _factorisations(e, 2)[:1],
+    )
     c_tiles = _keep(c_tiles, c_tiles[0] * r < limits["input_rf"], layer, f"C0*S < {limits['input_rf']}")
     m_tiles = m_tiles[:, m_tiles[0] <= limits["output_rf"]]
     if op not in ("linear", "matmul") and not h == w == e == f == 1:
@@ -225,7 +257,8 @@ def _fit(layer, limits, tiles):
 def _ladder_tiles(layer, limits):
     """n0, m0, m1, m2, c0, c1, e1 from LADDER, cut at the layer's sizes; M2 is the most that the buffer holds.
 
-    Of M0 only the two largest: filters that share a register tile share each input, so fewer never save energy.
+    Of M0 only the two largest: filters that share a register tile share each input, so fewer never save
+    energy.
     """
     _, n, r, stride, _, _, c, e, f, m, _ = layer
 
@@ -233,7 +266,9 @@ def _ladder_tiles(layer, limits):
         return np.unique(np.minimum(ladder[ladder * r < bound][-last:], size))[None]
 
     if r >= min(limits["input_rf"], limits["array"]):
-        raise ValueError(f"no tiling fits {layer}: C0*S < {limits['input_rf']}, M1*C1*E1*R < {limits['array']}")
+        raise ValueError(
+            f"no tiling fits {layer}: C0*S < {limits['input_rf']}, M1*C1*E1*R < {limits['array']}"
+        )
     tiles = np.ones((1, 1), int)
     for size in (m, c, e):
         tiles = _cross(tiles, steps(size, limits["array"]))
@@ -247,6 +282,7 @@ def _ladder_tiles(layer, limits):
 
 
 # ---- 2 whole networks ----
+
 
 def network_cost(layers, bits=32, accounting="official", pe_limit=192):
     """Sum of layer_cost over the layers, run one after another; equal layers are computed once."""
@@ -270,8 +306,8 @@ def operations(layers):
 def network_layers(space, arch, image=None):
     """Layers of one network in execution order, batch 1 (official cal_energy.py).
 
-    space: SearchSpace or its name; arch: e.g. "cc/cccc/sctaa/ttctt"; image: side or (H, W), default space.image.
-    Raises ValueError for an unknown space, an arch of another space and a bad image size.
+    space: SearchSpace or its name; arch: e.g. "cc/cccc/sctaa/ttctt"; image: side or (H, W), default
+    space.image. Raises ValueError for an unknown space, an arch of another space and a bad image size.
     """
     if isinstance(space, str):
         space = find_space(space)
@@ -287,14 +323,19 @@ def network_layers(space, arch, image=None):
         size = _out(3, 2, size)
     if not space.retraining:
         projected = space.widths[0] // 4
-        layers += [_conv("conv", 1, 1, size, width, width, width), _conv("conv", 1, 1, size, width, projected)]
+        layers += [
+            _conv("conv", 1, 1, size, width, width, width),
+            _conv("conv", 1, 1, size, width, projected),
+        ]
         width = projected
     for letters, out_width, first_stride in zip(arch.split("/"), space.widths, space.strides):
         for position, letter in enumerate(letters):
             stride = 1 if position else first_stride
             layers += _block(OPS[letter], size, width, out_width, stride, space.head_dim, space.retraining)
             size, width = _out(3, stride, size), out_width
-    return layers + [Layer("linear", 1, 1, 1, 1, 1, width, 1, 1, space.classes)] * (2 if space.retraining else 1)
+    return layers + [Layer("linear", 1, 1, 1, 1, 1, width, 1, 1, space.classes)] * (
+        2 if space.retraining else 1
+    )
 
 
 def _out(kernel, stride, size):
@@ -311,20 +352,26 @@ def _block(block_op, size, in_c, out_c, stride, head_dim, retraining):
     """Shortcut, 1x1, depthwise 3x3 (position encoding, stride), 3x3 or attention, 1x1, squeeze-excitation."""
     op, p, small = "conv" if block_op == "attn" else block_op, out_c // 4, _out(3, stride, size)
     layers = []
-    if retraining and (stride > 1 or in_c != out_c):        # average pool, then 1x1
+    if retraining and (stride > 1 or in_c != out_c):  # average pool, then 1x1
         layers += [_conv(op, 1, 1, small, in_c, out_c)]
     elif stride > 1 or in_c != out_c:
         layers += [_conv(op, 3 if stride > 1 else 1, stride, size, in_c, out_c)]
     layers += [_conv(op, 1, 1, size, in_c, p), _conv(op, 3, stride, size, p, p, p)]
     if block_op == "attn":
         tokens, heads = small[0] * small[1], p // head_dim
-        layers += [_conv(op, 1, 1, small, p, 3 * p), _matmul(heads * tokens, head_dim, tokens),
-                   _matmul(heads * head_dim, tokens, tokens)]
+        layers += [
+            _conv(op, 1, 1, small, p, 3 * p),
+            _matmul(heads * tokens, head_dim, tokens),
+            _matmul(heads * head_dim, tokens, tokens),
+        ]
     else:
         layers += [_conv(op, 3, 1, small, p, p)]
     layers += [_conv(op, 1, 1, small, p, out_c)]
     if retraining and block_op != "attn":
-        layers += [_conv("conv", 1, 1, (1, 1), out_c, out_c // 16), _conv("conv", 1, 1, (1, 1), out_c // 16, out_c)]
+        layers += [
+            _conv("conv", 1, 1, (1, 1), out_c, out_c // 16),
+            _conv("conv", 1, 1, (1, 1), out_c // 16, out_c),
+        ]
     return tuple(layers)
 
 
@@ -334,9 +381,11 @@ def _matmul(rows, inner, columns):
 
 
 def transformer_layers(width, ffn, heads, layers=6, qkv=None, tokens=30):
-    """Layers of the standard encoder-decoder at `tokens` source and target tokens in one pass (official NLP sim).
+    """Layers of the standard encoder-decoder at `tokens` source and target tokens in one pass (official NLP
+    sim).
 
-    qkv: total width of queries, keys, values (default width). Embedding, layer norm, softmax and logits are left out.
+    qkv: total width of queries, keys, values (default width). Embedding, layer norm, softmax and logits are
+    left out.
     """
     qkv = qkv or width
     if qkv % heads:
@@ -351,36 +400,46 @@ def transformer_layers(width, ffn, heads, layers=6, qkv=None, tokens=30):
     return (attention + feed_forward) * layers + (attention * 2 + feed_forward) * layers
 
 
-
 # ---- 3 measured latency ----
+
 
 def measured_table(space, path, image=None):
     """Latency table of this machine, read from the JSON at `path` or measured and written there.
 
-    {"machine": ..., "latency_ms": {part: ms}, "check": {arch: [predicted_ms, timed_ms]}}: a part is the stem, the
-    head or a kind of block, timed inside networks of one letter (conv where it is not offered), one thread, batch 1;
-    20 random networks are timed whole in the same rounds. A table of another processor, torch, space, image or
-    source text is measured again.
+    {"machine": ..., "latency_ms": {part: ms}, "check": {arch: [predicted_ms, timed_ms]}}: a part is the stem,
+    the head or a kind of block, timed inside networks of one letter (conv where it is not offered), one
+    thread, batch 1; 20 random networks are timed whole in the same rounds. A table of another processor,
+    torch, space, image or source text is measured again.
     """
     path, folder = Path(path), Path(__file__).parent
-    source = b"".join((folder / name).read_bytes() for name in ("shiftaddnas.py", "kernels.cu")
-                      if (folder / name).exists())
-    machine = {"cpu": _cpu_name(), "threads": 1, "torch": torch.__version__,
-               "source": hashlib.sha256(source).hexdigest()[:16], "space": space.name, "image": image or space.image}
+    source = b"".join(
+        (folder / name).read_bytes() for name in ("shiftaddnas.py", "kernels.cu") if (folder / name).exists()
+    )
+    machine = {
+        "cpu": _cpu_name(),
+        "threads": 1,
+        "torch": torch.__version__,
+        "source": hashlib.sha256(source).hexdigest()[:16],
+        "space": space.name,
+        "image": image or space.image,
+    }
     if path.exists():
         table = json.loads(path.read_text())
         if isinstance(table, dict) and table.get("machine") == machine:
             return table
     generator, depths = torch.Generator().manual_seed(0), max(space.depths, key=min)
-    pure = ["/".join((letter if letter in ops else "c") * depth for ops, depth in zip(space.ops, depths))
-            for letter in sorted(set("".join(space.ops)))]
+    pure = [
+        "/".join((letter if letter in ops else "c") * depth for ops, depth in zip(space.ops, depths))
+        for letter in sorted(set("".join(space.ops)))
+    ]
     drawn = [space.sample(generator) for _ in range(20)]
     jobs = [_steps(build(space, arch)) for arch in pure] + [[build(space, arch).eval()] for arch in drawn]
     timed = _timed_ms(jobs, torch.rand(1, space.in_channels, machine["image"], machine["image"]))
     latency_ms = {part: ms for arch, row in zip(pure, timed) for part, ms in zip(_parts(space, arch), row)}
     table = {"machine": machine, "latency_ms": latency_ms}
-    table["check"] = {arch: [measured_latency_ms(space, arch, table), ms]
-                      for arch, (ms,) in zip(drawn, timed[len(pure):])}
+    table["check"] = {
+        arch: [measured_latency_ms(space, arch, table), ms] for arch, (ms,) in zip(drawn, timed[len(pure) :])
+    }
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(table, indent=1))
     draft.replace(path)
@@ -396,10 +455,18 @@ def measured_latency_ms(space, arch, table):
 
 
 def _parts(space, arch):
-    """Keys of the stem, the blocks and the head: resolution, letter and whether the block is the first there."""
+    """Keys of the stem, the blocks and the head: resolution, letter and whether the block is the first
+    there."""
     stages = enumerate(space.validate(arch).split("/"), 1)
-    return ["stem", *(f"{number}{letter}{'+' if i else '^'}" for number, stage in stages
-                      for i, letter in enumerate(stage)), "head"]
+    return [
+        "stem",
+        *(
+            f"{number}{letter}{'+' if i else '^'}"
+            for number, stage in stages
+            for i, letter in enumerate(stage)
+        ),
+        "head",
+    ]
 
 
 def _steps(network):
@@ -412,7 +479,8 @@ def _steps(network):
 def _timed_ms(jobs, image, rounds=20):
     """Median milliseconds of each step of each job (functions that feed each other), on one thread.
 
-    Every round visits every job, so a slow spell of the machine touches all alike; of two passes the second counts.
+    Every round visits every job, so a slow spell of the machine touches all alike; of two passes the second
+    counts.
     """
     threads, times = torch.get_num_threads(), [[] for _ in jobs]
     torch.set_num_threads(1)
@@ -432,24 +500,31 @@ def _timed_ms(jobs, image, rounds=20):
 def _cpu_name():
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-                platform.processor() or platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
 
 
 # ---- 4 reports ----
 
 # record, space, arch, image, array limit it was written with (official hw_record)
-PUBLISHED = (("T0_mix_v3", "bossnet_t0", "cc/cccc/sctaa/ttctt", 224, 168),
-             ("T0_mix_v3", "bossnet_t0", "cc/cccc/sctaa/ttctt", 256, 168),
-             ("T0_mix_v3", "bossnet_t0", "cc/cccc/sctaa/ttctt", 288, 168),
-             ("T0_mix_v4", "bossnet_t0", "cc/cscc/sctss/ttctt", 224, 168),
-             ("T0_mix_v4", "bossnet_t0", "cc/cscc/sctss/ttctt", 256, 192),
-             ("T1_mix_v3", "bossnet_t1", "cc/cccc/sctaa/ttctt", 224, 168),
-             ("T1_mix_v3", "bossnet_t1", "cc/cccc/sctaa/ttctt", 256, 168),
-             ("T1_mix_v4", "bossnet_t1", "cc/cscc/sctss/ttctt", 224, 192),
-             ("T1_mix_v4", "bossnet_t1", "cc/cscc/sctss/ttctt", 256, 192))
-TRANSFORMERS = (("Transformer base", (512, 2048, 8)), ("Transformer big, qkv 512", (1024, 4096, 16, 6, 512)),
-                ("Transformer big, qkv 1024", (1024, 4096, 16)))
+PUBLISHED = (
+    ("T0_mix_v3", "bossnet_t0", "cc/cccc/sctaa/ttctt", 224, 168),
+    ("T0_mix_v3", "bossnet_t0", "cc/cccc/sctaa/ttctt", 256, 168),
+    ("T0_mix_v3", "bossnet_t0", "cc/cccc/sctaa/ttctt", 288, 168),
+    ("T0_mix_v4", "bossnet_t0", "cc/cscc/sctss/ttctt", 224, 168),
+    ("T0_mix_v4", "bossnet_t0", "cc/cscc/sctss/ttctt", 256, 192),
+    ("T1_mix_v3", "bossnet_t1", "cc/cccc/sctaa/ttctt", 224, 168),
+    ("T1_mix_v3", "bossnet_t1", "cc/cccc/sctaa/ttctt", 256, 168),
+    ("T1_mix_v4", "bossnet_t1", "cc/cscc/sctss/ttctt", 224, 192),
+    ("T1_mix_v4", "bossnet_t1", "cc/cscc/sctss/ttctt", 256, 192),
+)
+TRANSFORMERS = (
+    ("Transformer base", (512, 2048, 8)),
+    ("Transformer big, qkv 512", (1024, 4096, 16, 6, 512)),
+    ("Transformer big, qkv 1024", (1024, 4096, 16)),
+)
 
 
 def report(space, arch, image=None, bits=32, accounting="official", pe_limit=192):
@@ -458,26 +533,44 @@ def report(space, arch, image=None, bits=32, accounting="official", pe_limit=192
     by_op = {}
     for op in dict.fromkeys(layer.op for layer in layers):
         own = [layer for layer in layers if layer.op == op]
-        by_op[op] = {"layers": len(own), "macs": operations(own)["macs"],
-                     **_numbers(network_cost(own, bits, accounting, pe_limit))}
-    return {"space": space if isinstance(space, str) else space.name, "arch": arch,
-            "image": list(_sides(layers[0])), "accounting": accounting, "bits": bits, "pe_limit": pe_limit,
-            **_numbers(network_cost(layers, bits, accounting, pe_limit)), **operations(layers),
-            "layers": dict(Counter(layer.op for layer in layers)), "by_op": by_op}
+        by_op[op] = {
+            "layers": len(own),
+            "macs": operations(own)["macs"],
+            **_numbers(network_cost(own, bits, accounting, pe_limit)),
+        }
+    return {
+        "space": space if isinstance(space, str) else space.name,
+        "arch": arch,
+        "image": list(_sides(layers[0])),
+        "accounting": accounting,
+        "bits": bits,
+        "pe_limit": pe_limit,
+        **_numbers(network_cost(layers, bits, accounting, pe_limit)),
+        **operations(layers),
+        "layers": dict(Counter(layer.op for layer in layers)),
+        "by_op": by_op,
+    }
 
 
 def energy_table():
     """Markdown: every published network under both accountings, beside its twin of convolutions only."""
-    lines = ["# Energy and latency of the published networks", "",
-             "32 bits. Official: the array limit of the record. Uniform: M1\\*C1\\*E1\\*R < 168 for all. Saved: against",
-             "the same network with every shift and add block replaced by a convolution block, same accounting.", "",
-             "| network | image | limit | official mJ | ms | saved mJ | saved ms | uniform mJ | ms | saved mJ | saved ms |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "# Energy and latency of the published networks",
+        "",
+        "32 bits. Official: the array limit of the record. Uniform: M1\\*C1\\*E1\\*R < 168 for all. Saved:",
+        "against the same network with a convolution block for every shift and add block, same accounting.",
+        "",
+        "| network | image | limit | official mJ | ms | saved mJ | saved ms "
+        "| uniform mJ | ms | saved mJ | saved ms |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     saved = []
     for name, space, arch, image, limit in PUBLISHED:
         twin, cells = arch.replace("s", "c").replace("a", "c"), []
         for accounting, pe_limit in (("official", limit), ("uniform", 168)):
-            own, other = (network_cost(network_layers(space, a, image), 32, accounting, pe_limit) for a in (arch, twin))
+            own, other = (
+                network_cost(network_layers(space, a, image), 32, accounting, pe_limit) for a in (arch, twin)
+            )
             percent = [100 - 100 * own[i] / other[i] for i in (0, 1)]
             cells += [f"{own[0]:.3f}", f"{own[1]:.3f}", *(f"{p:.1f} %" for p in percent)]
             saved.append((accounting, *percent))
@@ -485,12 +578,20 @@ def energy_table():
     for name, shape in TRANSFORMERS:
         layers = transformer_layers(*shape)
         cells = [f"{network_cost(layers, 32, a, 168)[i]:.5f}" for a in ACCOUNTINGS for i in (0, 1)]
-        lines.append(f"| {name} | 30 + 30 tokens | 168 | {cells[0]} | {cells[1]} | | | {cells[2]} | {cells[3]} | | |")
-    span = {(a, i): "{:.1f} to {:.1f} %".format(*(f([s[i] for s in saved if s[0] == a]) for f in (min, max)))
-            for a in ACCOUNTINGS for i in (1, 2)}
-    lines += ["", f"What remains of the saving: shift and add blocks save {span['official', 1]} of the energy and "
-              f"{span['official', 2]} of the latency as published, and {span['uniform', 1]} of the energy and "
-              f"{span['uniform', 2]} of the latency under uniform rules."]
+        lines.append(
+            f"| {name} | 30 + 30 tokens | 168 | {cells[0]} | {cells[1]} | | | {cells[2]} | {cells[3]} | | |"
+        )
+    span = {
+        (a, i): "{:.1f} to {:.1f} %".format(*(f([s[i] for s in saved if s[0] == a]) for f in (min, max)))
+        for a in ACCOUNTINGS
+        for i in (1, 2)
+    }
+    lines += [
+        "",
+        f"What remains of the saving: shift and add blocks save {span['official', 1]} of the energy and "
+        f"{span['official', 2]} of the latency as published, and {span['uniform', 1]} of the energy and "
+        f"{span['uniform', 2]} of the latency under uniform rules.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -505,12 +606,18 @@ def _sides(layer):
 def _text(result):
     """Table by operator and memory level."""
     columns = [f"{level}_mj" for level in LEVELS] + ["energy_mj", "latency_ms"]
-    lines = ["{space} {arch}  image {image[0]}x{image[1]}  {accounting}, {bits} bits, PE limit {pe_limit}".format(
-        **result), f"{'op':8}{'layers':>7}{'MACs/G':>9}" + "".join(f"{name:>12}" for name in columns)]
+    lines = [
+        "{space} {arch}  image {image[0]}x{image[1]}  {accounting}, {bits} bits, PE limit {pe_limit}".format(
+            **result
+        ),
+        f"{'op':8}{'layers':>7}{'MACs/G':>9}" + "".join(f"{name:>12}" for name in columns),
+    ]
     total = dict(result, layers=sum(result["layers"].values()))
     for name, row in {**result["by_op"], "total": total}.items():
-        lines.append(f"{name:8}{row['layers']:7}{row['macs'] / 1e9:9.3f}"
-                     + "".join(f"{row[column]:12.3f}" for column in columns))
+        lines.append(
+            f"{name:8}{row['layers']:7}{row['macs'] / 1e9:9.3f}"
+            + "".join(f"{row[column]:12.3f}" for column in columns)
+        )
     return "\n".join(lines)
 
 
@@ -521,7 +628,10 @@ def plot(results, path):
     except ImportError:
         raise ValueError("--plot needs matplotlib, which is not installed")
     axes = (figure := Figure((2 + 1.5 * len(results), 4), layout="constrained")).subplots()
-    names, below = [f"{number} {result['arch']}" for number, result in enumerate(results, 1)], np.zeros(len(results))
+    names, below = (
+        [f"{number} {result['arch']}" for number, result in enumerate(results, 1)],
+        np.zeros(len(results)),
+    )
     for level in LEVELS:
         heights = np.array([result[f"{level}_mj"] for result in results])
         axes.bar(names, heights, 0.6, below, label=level)
@@ -538,12 +648,19 @@ def benchmark(bits, accounting, pe_limit, archs=10_000):
         cached.cache_clear()
     start = time.perf_counter()
     network_cost(network_layers("bossnet_t0", PUBLISHED[0][2]), bits, accounting, pe_limit)
-    cold_s, space, generator = time.perf_counter() - start, find_space("hytra"), torch.Generator().manual_seed(0)
+    cold_s, space, generator = (
+        time.perf_counter() - start,
+        find_space("hytra"),
+        torch.Generator().manual_seed(0),
+    )
     drawn = [space.sample(generator) for _ in range(archs)]
     start = time.perf_counter()
     for arch in drawn:
         network_cost(network_layers(space, arch), bits, accounting, pe_limit)
-    return [f"103 layers, cold caches: {cold_s:.3f} s", f"{archs} random hytra networks: {time.perf_counter() - start:.2f} s"]
+    return [
+        f"103 layers, cold caches: {cold_s:.3f} s",
+        f"{archs} random hytra networks: {time.perf_counter() - start:.2f} s",
+    ]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -559,13 +676,19 @@ def _parse(argv):
     parser.add_argument("--bits", type=int, default=32, help="32 or 8")
     parser.add_argument("--accounting", default="official", help=" or ".join(ACCOUNTINGS))
     parser.add_argument("--pe-limit", type=int, default=192, help="168 or 192 in the published records")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="ARCH", help="more networks, relative to --arch")
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="ARCH", help="more networks, relative to --arch"
+    )
     parser.add_argument("--plot", metavar="FILE", help="stacked bars of --arch and --compare")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--csv", action="store_true", help="print a row a layer")
-    parser.add_argument("--measure", metavar="FILE", help="measured latency: table in FILE, checked on 20 networks")
+    parser.add_argument(
+        "--measure", metavar="FILE", help="measured latency: table in FILE, checked on 20 networks"
+    )
     parser.add_argument("--benchmark", action="store_true", help="time the model itself")
-    parser.add_argument("--table", metavar="FILE", help="write every published network, e.g. results/energy.md")
+    parser.add_argument(
+        "--table", metavar="FILE", help="write every published network, e.g. results/energy.md"
+    )
     return parser.parse_args(argv)
 
 
@@ -605,8 +728,10 @@ def _run(args):
     lines = [_text(results[0])]
     for other in results[1:]:
         change = [100 * other[name] / results[0][name] - 100 for name in ("energy_mj", "latency_ms")]
-        lines.append(f"{other['arch']}  {other['energy_mj']:.3f} mJ ({change[0]:+.1f} %)  "
-                     f"{other['latency_ms']:.3f} ms ({change[1]:+.1f} %)")
+        lines.append(
+            f"{other['arch']}  {other['energy_mj']:.3f} mJ ({change[0]:+.1f} %)  "
+            f"{other['latency_ms']:.3f} ms ({change[1]:+.1f} %)"
+        )
     if args.measure:
         lines.append(_measured_text(find_space(args.space), results[0]["arch"], args.measure, image))
     return "\n".join(lines)
@@ -626,9 +751,12 @@ def _measured_text(space, arch, path, image):
     table = measured_table(space, path, image)
     errors = [100 * abs(predicted / timed - 1) for predicted, timed in table["check"].values()]
     low, median, high, most = np.quantile(errors, [0.25, 0.5, 0.75, 1])
-    return (f"measured on {table['machine']['cpu']}, one thread, batch 1: "
-            f"{measured_latency_ms(space, arch, table):.3f} ms predicted\n{len(errors)} random networks, predicted "
-            f"against timed: median error {median:.1f} %, quartiles {low:.1f} and {high:.1f} %, most {most:.1f} %")
+    return (
+        f"measured on {table['machine']['cpu']}, one thread, batch 1: "
+        f"{measured_latency_ms(space, arch, table):.3f} ms predicted\n{len(errors)} random networks, "
+        f"predicted against timed: median error {median:.1f} %, quartiles "
+        f"{low:.1f} and {high:.1f} %, most {most:.1f} %"
+    )
 
 
 def main(argv=None):

@@ -1,3 +1,14 @@
+// The add operator of ShiftAddNAS on the CPU: y = -sum |x - w| and its input gradient, plain C ABI.
+//
+//   build   g++ -x c++ -O3 -std=c++20 -march=native -shared -fPIC -pthread kernels.cu -o kernels.so
+//           (shiftaddnas.py does it on first use; -mavx2 -mfma or no -m flag give the slower CPU paths)
+//
+//   function            torch definition in shiftaddnas.py        formula
+//   add_conv2d_forward  add_conv2d_definition                     y[n,m,i,j] = -sum |x[n,c,iS+u-P,jS+v-P] - w[m,c,u,v]|
+//   add_conv2d_grad_x   add_conv2d_grad_x_definition              gx = sum over the outputs that read x of g clip(w-x,-1,1)
+//
+// float32, contiguous NCHW. The identity |x - w| = 2 max(x, w) - x - w leaves one max and one add a tap; where it would
+// cancel, or meets infinity, the direct form runs. Every output is written by one job: results do not depend on threads.
 #include <cstdint>
 
 struct ConvShape { int32_t N, C, H, W, M, KH, KW, S, P, G, Ho, Wo; };      // x (N,C,H,W)  w (M,C/G,KH,KW)  y (N,M,Ho,Wo)

@@ -11,6 +11,7 @@ after batch-norm recalibration on training images (official: augmented training 
 over all archs). Only new archs inside the budget are scored, and the last generation counts. The test images
 are used once, for the retrained networks of the final table.
 """
+
 import json
 import os
 import time
@@ -21,25 +22,38 @@ import torch
 
 from cost_model import network_cost, network_layers, operations
 from shiftaddnas import Supernet, build, find_space
-from train import Config, accuracy, check_device, flag, load_data, parse, recalibrate, run_command, train, write_text
+from train import (
+    Config,
+    accuracy,
+    check_device,
+    flag,
+    load_data,
+    parse,
+    recalibrate,
+    run_command,
+    train,
+    write_text,
+)
 
-TRIES = 200                # draws for one child before the search says that the budget leaves nothing new
+TRIES = 200  # draws for one child before the search says that the budget leaves nothing new
 
 
 @dataclass
 class SearchConfig(Config):
     """Flags of search.py: those of train.py (but --arch, --init) and the evolution's."""
 
-    budget: float = flag(0.5, "share of the energy of the all-conv network of the same depths; 0: no such limit", low=0)
+    budget: float = flag(
+        0.5, "share of the energy of the all-conv network of the same depths; 0: no such limit", low=0
+    )
     max_energy_mj: float = flag(0.0, "energy limit in mJ; 0: none", low=0)
     max_latency_ms: float = flag(0.0, "simulated latency limit in ms; 0: none", low=0)
     max_params: int = flag(0, "parameter limit; 0: none", low=0)
     max_macs: int = flag(0, "limit of multiply-, shift- and add-accumulates; 0: none", low=0)
     generations: int = flag(5, "generations after the first", low=0)
     parents: int = flag(8, "archs kept as parents", low=1)
-    mutations: int = flag(6, "mutated children a generation", low=0)
-    crossovers: int = flag(6, "crossed children a generation", low=0)
-    random: int = flag(4, "fresh random archs a generation", low=0)
+    mutations: int = flag(5, "mutated children a generation", low=0)
+    crossovers: int = flag(5, "crossed children a generation", low=0)
+    random: int = flag(2, "fresh random archs a generation", low=0)
     first: int = flag(16, "random archs of the first generation", low=1)
 
 
@@ -52,18 +66,29 @@ def describe(space, arch):
     cost = network_cost(layers)
     with torch.device("meta"):
         params = sum(p.numel() for p in build(space, arch).parameters())
-    return {"energy_mj": cost.energy_mj, "latency_ms": cost.latency_ms, "params": params, **operations(layers)}
+    return {
+        "energy_mj": cost.energy_mj,
+        "latency_ms": cost.latency_ms,
+        "params": params,
+        **operations(layers),
+    }
 
 
 def all_of(letter, space, arch):
     """The network of the same depths with one op everywhere; conv where a resolution does not offer it."""
-    return "/".join((letter if letter in ops else "c") * len(stage) for ops, stage in zip(space.ops, arch.split("/")))
+    return "/".join(
+        (letter if letter in ops else "c") * len(stage) for ops, stage in zip(space.ops, arch.split("/"))
+    )
 
 
 def limits(config, space, arch):
     """{cost: largest allowed value} for an arch."""
-    given = {"energy_mj": config.max_energy_mj, "latency_ms": config.max_latency_ms,
-             "params": config.max_params, "macs": config.max_macs}
+    given = {
+        "energy_mj": config.max_energy_mj,
+        "latency_ms": config.max_latency_ms,
+        "params": config.max_params,
+        "macs": config.max_macs,
+    }
     found = {name: value for name, value in given.items() if value}
     if config.budget:
         share = config.budget * network_cost(network_layers(space, all_of("c", space, arch))).energy_mj
@@ -81,16 +106,22 @@ def fits(config, space, arch):
 
 
 def cheapest(space, depths):
-    """For each cost the least that an arch of these depths needs: every op everywhere it is offered, tried."""
-    found = [describe(space, all_of(letter, space, "/".join("c" * depth for depth in depths))) for letter in "csa"]
-    return {name: min(costs[name] for costs in found) for name in ("energy_mj", "latency_ms", "params", "macs")}
+    """For each cost the least that an arch of these depths needs: every op everywhere it is offered,
+    tried."""
+    found = [
+        describe(space, all_of(letter, space, "/".join("c" * depth for depth in depths))) for letter in "csa"
+    ]
+    return {
+        name: min(costs[name] for costs in found) for name in ("energy_mj", "latency_ms", "params", "macs")
+    }
 
 
 # -------------------------------------------------------------------------------------------- evolution
 
 
 def evolve(config, space, score, state, report):
-    """Evolutionary search. score(arch) -> fitness; returns state = {"scores": {arch: fitness}, "generation", "rng"}.
+    """Evolutionary search. score(arch) -> fitness; returns state = {"scores": {arch: fitness}, "generation",
+    "rng"}.
 
     `state` is {} or what an interrupted search saved with report(state), which runs after every generation.
     A child that cannot be drawn new and inside the budget in TRIES draws is left out, so a small space or a
@@ -108,9 +139,12 @@ def evolve(config, space, score, state, report):
 
         makers = [lambda: space.sample(generator)] * (config.random if parents else config.first)
         if parents:
-            makers = ([lambda: space.mutate(pick(), generator)] * config.mutations
-                      + [lambda: space.crossover(pick(), pick(), generator)] * config.crossovers + makers)
-        children = {}                                   # a dict keeps the order of drawing
+            makers = (
+                [lambda: space.mutate(pick(), generator)] * config.mutations
+                + [lambda: space.crossover(pick(), pick(), generator)] * config.crossovers
+                + makers
+            )
+        children = {}  # a dict keeps the order of drawing
         for make in makers:
             for _ in range(TRIES):
                 child = make()
@@ -133,12 +167,22 @@ def nothing_fits(config, space):
     """The sentence for a budget that no arch meets."""
     least = [cheapest(space, depths) for depths in space.depths]
     need = {name: min(costs[name] for costs in least) for name in least[0]}
-    full = [network_cost(network_layers(space, "/".join("c" * d for d in depths))).energy_mj for depths in space.depths]
+    full = [
+        network_cost(network_layers(space, "/".join("c" * d for d in depths))).energy_mj
+        for depths in space.depths
+    ]
     share = min(costs["energy_mj"] / energy for costs, energy in zip(least, full))
-    asked = ", ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in
-                      ("budget", "max_energy_mj", "max_latency_ms", "max_params", "max_macs") if getattr(config, name))
-    return (f"no arch of space {space.name} is inside {asked}; the cheapest networks need {need['energy_mj']:.4g} mJ "
-            f"({share:.2f} of all-conv), {need['latency_ms']:.4g} ms, {need['params']} params, {need['macs']} macs")
+    asked = ", ".join(
+        f"--{name.replace('_', '-')} {getattr(config, name)}"
+        for name in ("budget", "max_energy_mj", "max_latency_ms", "max_params", "max_macs")
+        if getattr(config, name)
+    )
+    return (
+        f"no arch of space {space.name} is inside {asked}; the cheapest networks need "
+        f"{need['energy_mj']:.4g} mJ "
+        f"({share:.2f} of all-conv), {need['latency_ms']:.4g} ms, "
+        f"{need['params']} params, {need['macs']} macs"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ story
@@ -148,26 +192,47 @@ def retrain(config, space, data, arch, name):
     """Test accuracy of an arch trained from scratch with the one recipe of all rivals."""
     path = os.path.join(config.out, f"retrain-{arch.replace('/', '-')}.pt")
     network = train(config, space, data, build(space, arch, seed=config.seed), arch, path)
-    return {"name": name, "arch": arch, "test_accuracy": accuracy(network, data, data.test, config.device),
-            **describe(space, arch)}
+    return {
+        "name": name,
+        "arch": arch,
+        "test_accuracy": accuracy(network, data, data.test, config.device),
+        **describe(space, arch),
+    }
 
 
 def rivals(config, space, winner):
     """Name -> arch of the networks that are retrained beside the winner."""
     generator = torch.Generator().manual_seed(config.seed + 1)
-    drawn = next((arch for arch in (space.sample(generator) for _ in range(TRIES))
-                  if arch != winner and fits(config, space, arch)), winner)
-    return {"all-conv": all_of("c", space, winner), "all-shift": all_of("s", space, winner),
-            "all-add": all_of("a", space, winner), "random": drawn, "winner": winner}
+    drawn = next(
+        (
+            arch
+            for arch in (space.sample(generator) for _ in range(TRIES))
+            if arch != winner and fits(config, space, arch)
+        ),
+        winner,
+    )
+    return {
+        "all-conv": all_of("c", space, winner),
+        "all-shift": all_of("s", space, winner),
+        "all-add": all_of("a", space, winner),
+        "random": drawn,
+        "winner": winner,
+    }
 
 
 def print_table(rows):
-    print(f"\n{'':10}{'arch':16}{'test acc %':>11}{'energy mJ':>11}{'of conv':>9}{'latency ms':>11}{'params':>9}"
-          f"{'mults':>12}{'shifts':>12}{'adds':>12}")
+    """One line a retrained network."""
+    print(
+        f"\n{'':10}{'arch':16}{'test acc %':>11}{'energy mJ':>11}{'of conv':>9}"
+        f"{'latency ms':>11}{'params':>9}"
+        f"{'mults':>12}{'shifts':>12}{'adds':>12}"
+    )
     for row in rows:
-        print(f"{row['name']:10}{row['arch']:16}{row['test_accuracy']:11.2f}{row['energy_mj']:11.4f}"
-              f"{row['energy_mj'] / rows[0]['energy_mj']:9.0%}{row['latency_ms']:11.4f}{row['params']:9,}"
-              f"{row['mults']:12,}{row['shifts']:12,}{row['adds']:12,}")
+        print(
+            f"{row['name']:10}{row['arch']:16}{row['test_accuracy']:11.2f}{row['energy_mj']:11.4f}"
+            f"{row['energy_mj'] / rows[0]['energy_mj']:9.0%}{row['latency_ms']:11.4f}{row['params']:9,}"
+            f"{row['mults']:12,}{row['shifts']:12,}{row['adds']:12,}"
+        )
 
 
 def plot_pareto(scores, space, rows, path):
@@ -178,10 +243,21 @@ def plot_pareto(scores, space, rows, path):
         print("no out/pareto.png: matplotlib is not installed")
         return
     axes = (figure := Figure((6, 4), layout="constrained")).subplots()
-    axes.scatter([network_cost(network_layers(space, arch)).energy_mj for arch in scores], list(scores.values()),
-                 s=14, c="0.6", label="scored, validation, inherited weights")
+    axes.scatter(
+        [network_cost(network_layers(space, arch)).energy_mj for arch in scores],
+        list(scores.values()),
+        s=14,
+        c="0.6",
+        label="scored, validation, inherited weights",
+    )
     for row, marker in zip(rows, "sD^vo"):
-        axes.scatter(row["energy_mj"], row["test_accuracy"], s=60, marker=marker, label=f"{row['name']}, test, retrained")
+        axes.scatter(
+            row["energy_mj"],
+            row["test_accuracy"],
+            s=60,
+            marker=marker,
+            label=f"{row['name']}, test, retrained",
+        )
     axes.set_xlabel("energy (mJ an image, official accounting)")
     axes.set_ylabel("accuracy (%)")
     axes.legend(fontsize=7)
@@ -206,9 +282,12 @@ def search(config, space, data, supernet, path):
         write_text(json.dumps({**state, "config": asdict(config)}), path)
         best = min(state["scores"], key=lambda arch: (-state["scores"][arch], arch))
         rate = (time.monotonic() - started) / (state["generation"] + 1 - first)
-        print(f"generation {state['generation']}/{config.generations} | {len(state['scores'])} scored | best "
-              f"{best} {state['scores'][best]:.2f} % | {rate:.1f} s a generation | "
-              f"{rate * (total - 1 - state['generation']):.0f} s left", flush=True)
+        print(
+            f"generation {state['generation']}/{config.generations} | {len(state['scores'])} scored | best "
+            f"{best} {state['scores'][best]:.2f} % | {rate:.1f} s a generation | "
+            f"{rate * (total - 1 - state['generation']):.0f} s left",
+            flush=True,
+        )
 
     state.pop("config", None)
     return evolve(config, space, score, state, report)["scores"]
@@ -222,8 +301,11 @@ def main(argv=None):
     check_device(config.device)
     data = load_data(config.data, space)
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    if not any(fits(config, space, all_of(letter, space, "/".join("c" * depth for depth in depths)))
-               for letter in "sac" for depths in space.depths):
+    if not any(
+        fits(config, space, all_of(letter, space, "/".join("c" * depth for depth in depths)))
+        for letter in "sac"
+        for depths in space.depths
+    ):
         raise ValueError(nothing_fits(config, space))
     training = Config(**{f.name: getattr(config, f.name) for f in fields(Config)})
     seconds, started = {}, time.monotonic()
@@ -237,16 +319,27 @@ def main(argv=None):
     scores = search(config, space, data, supernet, os.path.join(config.out, "search-state.json"))
     winner = min(scores, key=lambda arch: (-scores[arch], describe(space, arch)["energy_mj"], arch))
     lap("search")
-    rows = [retrain(training, space, data, arch, name) for name, arch in rivals(config, space, winner).items()]
+    rows = [
+        retrain(training, space, data, arch, name) for name, arch in rivals(config, space, winner).items()
+    ]
     lap("retraining")
-    result = {"winner": winner, "budget": limits(config, space, winner), "table": rows, "scores": scores,
-              "seed": config.seed, "config": asdict(config)}
+    result = {
+        "winner": winner,
+        "budget": limits(config, space, winner),
+        "table": rows,
+        "scores": scores,
+        "seed": config.seed,
+        "config": asdict(config),
+    }
     write_text(json.dumps(result, indent=1), os.path.join(config.out, "search.json"))
     write_text(json.dumps({"space": space.name, "arch": winner}), os.path.join(config.out, "winner.json"))
     print_table(rows)
     plot_pareto(scores, space, rows, os.path.join(config.out, "pareto.png"))
-    print("seconds: " + " | ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
-          + f" | {len(data.test.index)} test images, one seed: standard error about 0.8 points")
+    print(
+        "seconds: "
+        + " | ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
+        + f" | {len(data.test.index)} test images, one seed: standard error about 0.8 points"
+    )
 
 
 if __name__ == "__main__":

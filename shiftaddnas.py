@@ -6,7 +6,7 @@ trained so that the best mix for an energy budget can be searched.
 
 Reading order
     §1 rounding      power_of_two, shift_weight, fixed_point: weights and activations on a shift's grid
-    §2 operators     conv2d (torch), shift_conv2d, add_conv2d, attention2d: pure functions of (x, weight, ...)
+    §2 operators     shift_conv2d, add_conv2d, attention2d: pure functions of (x, weight, ...)
     §3 sharing       SharedWeight: one tensor read by conv, shift and add; T(w); the two divergences
     §4 blocks        HybridConv2d (one layer, any op) and Block (one residual bottleneck, any op)
     §5 space         SearchSpace: size, sample, validate, mutate, crossover of arch strings; SPACES
@@ -43,6 +43,7 @@ Deviations from the official code (github.com/RICE-EIC/ShiftAddNAS, folder CV)
     D6  only cells that some arch can reach are built (136.8 of 615.4 million parameters in `hytra`).
     D7  crossover keeps the depth pattern of one parent, so a child is always inside the space.
 """
+
 import collections
 import copy
 import ctypes
@@ -161,13 +162,12 @@ def attention2d(x, weight, head_dim):
     return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c, h, w)
 
 
-# ---------------------------------------------------------------------------------------------- compiled kernels
-BUILDS = {                                     # SHIFTADDNAS_KERNELS -> compiler flags of that build of kernels.cu
+# ----------------------------------------------------------------------------------- §2 compiled kernels
+
+BUILDS = {  # SHIFTADDNAS_KERNELS -> compiler flags of that build of kernels.cu
     "cpu": ["-march=native"],
     "cpu-avx2": ["-mavx2", "-mfma"],
     "cpu-portable": [],
-    "emulate": ["-DEMULATE"],                  # the GPU kernels' own code on the CPU, for tests
-    "gpu": [],
 }
 
 
@@ -184,7 +184,9 @@ def conv_shape(x_size, w_size, stride, padding, groups):
     if stride < 1 or padding < 0 or groups < 1:
         raise ValueError(f"stride and groups must be at least 1 and padding at least 0: {sizes}")
     if C != groups * Cg or M % groups or Cg < 1:
-        raise ValueError(f"channels of x must equal groups * weight.shape[1], and groups divide the filters: {sizes}")
+        raise ValueError(
+            f"channels of x must equal groups * weight.shape[1], and groups divide the filters: {sizes}"
+        )
     if min(KH, KW) < 1 or KH > H + 2 * padding or KW > W + 2 * padding:
         raise ValueError(f"the kernel must fit into the padded image: {sizes}")
     Ho, Wo = (H + 2 * padding - KH) // stride + 1, (W + 2 * padding - KW) // stride + 1
@@ -193,25 +195,32 @@ def conv_shape(x_size, w_size, stride, padding, groups):
 
 def compiler_command(build):
     """Compiler and flags of a build; RuntimeError, with the reason, if this machine cannot make or run it."""
-    if build == "gpu":
-        nvcc = shutil.which("nvcc")
-        if nvcc is None or not torch.cuda.is_available():
-            raise RuntimeError("the gpu build needs " + ("a GPU that torch can use" if nvcc else "nvcc on the PATH"))
-        major, minor = torch.cuda.get_device_capability()
-        return [nvcc, "-O3", "-std=c++17", f"-arch=sm_{major}{minor}", "-shared", "-Xcompiler", "-fPIC"]
     name = os.environ.get("CXX", "g++")
     if shutil.which(name) is None:
         raise RuntimeError(f"the {build} build needs a C++ compiler, and {name} is not on the PATH")
     if build == "cpu-avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         raise RuntimeError("the cpu-avx2 build needs a CPU with AVX2")
-    return [shutil.which(name), "-x", "c++", "-O3", "-std=c++20", "-shared", "-fPIC", "-pthread", *BUILDS[build]]
+    return [
+        shutil.which(name),
+        "-x",
+        "c++",
+        "-O3",
+        "-std=c++20",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        *BUILDS[build],
+    ]
 
 
 def cpu_model():
-    """Model and instruction sets of the CPU: part of a library's name, for -march=native compiles for this one."""
+    """Model and instruction sets of the CPU: part of a library's name, for -march=native compiles for this
+    one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+        return "\n".join(
+            sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+        )
     except OSError:
         return platform.processor()
 
@@ -223,8 +232,8 @@ def private_folder():
 
 
 def read_library(file):
-    """The CDLL in `file`, or None if there is none or its last 32 bytes, the SHA-256 of the rest, do not fit: opening
-    a half-written library would end the process."""
+    """The CDLL in `file`, or None if there is none or its last 32 bytes, the SHA-256 of the rest, do not fit:
+    opening a half-written library would end the process."""
     try:
         content = file.read_bytes()
         whole = hashlib.sha256(content[:-32]).digest() == content[-32:]
@@ -240,7 +249,9 @@ def compile_library(command, source, file):
         run = subprocess.run([*command, str(source), "-o", str(part)], capture_output=True, text=True)
         if run.returncode or not part.exists():
             text = (run.stderr or run.stdout).strip()[:2000]
-            raise RuntimeError(f"compiling {source.name} failed (status {run.returncode}): {' '.join(command)}\n{text}")
+            raise RuntimeError(
+                f"compiling {source.name} failed (status {run.returncode}): {' '.join(command)}\n{text}"
+            )
         content = part.read_bytes()
         part.write_bytes(content + hashlib.sha256(content).digest())
         os.replace(part, file)
@@ -248,8 +259,8 @@ def compile_library(command, source, file):
 
 @functools.cache
 def load_kernels(build):
-    """The library of one build, compiled on first use and kept in $XDG_CACHE_HOME/shiftaddnas (or ~/.cache) under the
-    hash of source, command and CPU. RuntimeError says why it cannot be had."""
+    """The library of one build, compiled on first use and kept in $XDG_CACHE_HOME/shiftaddnas (or ~/.cache)
+    under the hash of source, command and CPU. RuntimeError says why it cannot be had."""
     source = Path(__file__).with_name("kernels.cu")
     command = compiler_command(build)
     key = hashlib.sha256("\0".join([source.read_text(), *command, cpu_model()]).encode()).hexdigest()[:16]
@@ -260,7 +271,7 @@ def load_kernels(build):
         if library is None:
             folder.mkdir(parents=True, exist_ok=True)
             compile_library(command, source, folder / name)
-    except OSError:                            # the cache cannot be written
+    except OSError:  # the cache cannot be written
         library, folder = None, Path(private_folder().name)
         compile_library(command, source, folder / name)
     library = library or read_library(folder / name)
@@ -279,54 +290,51 @@ def say_once(line):
 def kernel_build(device_type):
     """The build that serves tensors of this device ("cpu", "cuda", ...), or None for the torch definition.
 
-    SHIFTADDNAS_KERNELS names the path: off | cpu | cpu-avx2 | cpu-portable | emulate | gpu. Unset: the cpu build for CPU
-    tensors and the gpu build for CUDA tensors where it can be compiled, else the torch definition, which one line says.
-    RuntimeError if the named path is impossible here, ValueError if there is no such path.
+    SHIFTADDNAS_KERNELS names the path: off | cpu | cpu-avx2 | cpu-portable. Unset: the cpu build for CPU
+    tensors where it can be compiled, else the torch definition, which one line says. RuntimeError if the
+    named path is impossible here, ValueError if there is no such path.
     """
     forced = os.environ.get("SHIFTADDNAS_KERNELS", "")
     if forced and forced != "off" and forced not in BUILDS:
         raise ValueError(f"SHIFTADDNAS_KERNELS={forced}: allowed are off, {', '.join(BUILDS)}")
     if forced == "off":
         return None
+    if device_type != "cpu":
+        return None
     if forced:
-        if (forced == "gpu") != (device_type == "cuda"):
-            raise RuntimeError(f"SHIFTADDNAS_KERNELS={forced} cannot serve tensors on {device_type}")
         load_kernels(forced)
         return forced
-    build = {"cpu": "cpu", "cuda": "gpu"}.get(device_type)
     try:
-        if build:
-            load_kernels(build)
-        return build
+        load_kernels("cpu")
+        return "cpu"
     except RuntimeError as error:
-        say_once(f"shiftaddnas: the torch definition serves {device_type} tensors, no kernels: {str(error).splitlines()[0]}")
+        say_once(f"shiftaddnas: add layers run in plain torch, no kernels: {str(error).splitlines()[0]}")
         return None
 
 
 def call_kernel(build, name, shape, *tensors):
-    """Run one function of kernels.cu on contiguous tensors of one device: the CPU builds get torch's thread count, the
-    gpu build torch's current stream. RuntimeError with function, shapes and the runtime's text if it fails."""
+    """Run one function of kernels.cu on contiguous CPU tensors with torch's thread count. RuntimeError with
+    function, shapes and the library's text if it fails."""
     library = load_kernels(build)
     pointers = [*(ctypes.c_void_p(t.data_ptr()) for t in tensors), (ctypes.c_int32 * len(shape))(*shape)]
-    if build == "gpu":
-        with torch.cuda.device(tensors[0].device):
-            status = getattr(library, name)(*pointers, ctypes.c_int64(torch.cuda.current_stream().cuda_stream))
-    else:
-        status = getattr(library, name)(*pointers, ctypes.c_int64(torch.get_num_threads()))
+    status = getattr(library, name)(*pointers, ctypes.c_int64(torch.get_num_threads()))
     if status:
         sizes = ", ".join(str(tuple(t.shape)) for t in tensors)
         raise RuntimeError(f"{name} ({build}) on {sizes}: {library.status_text(status).decode()}")
     return tensors[0]
 
 
-# ---------------------------------------------------------------------------------------------- the Add operator
+# ---------------------------------------------------------------------------------- §2 the add operator
+
+
 def add_patches(x, w, stride, padding, groups):
-    """Yield (images, patches (n, G, C/G*KH*KW, L), filters (G, M/G, C/G*KH*KW)) for slices of the batch, 64 MB each."""
+    """Yield (images, patches (n, G, C/G*KH*KW, L), filters (G, M/G, C/G*KH*KW)) for slices of the batch, 64
+    MB each."""
     s = conv_shape(x.shape, w.shape, stride, padding, groups)
     K, L = w[0].numel(), s.Ho * s.Wo
-    step = max(1, 2 ** 24 // max(1, groups * K * L))
+    step = max(1, 2**24 // max(1, groups * K * L))
     for n in range(0, s.N, step):
-        patches = F.unfold(x[n:n + step], (s.KH, s.KW), padding=padding, stride=stride)
+        patches = F.unfold(x[n : n + step], (s.KH, s.KW), padding=padding, stride=stride)
         yield slice(n, n + step), patches.view(-1, groups, K, L), w.reshape(groups, -1, K)
 
 
@@ -341,7 +349,8 @@ def add_conv2d_definition(x, w, stride, padding, groups):
 
 
 def add_conv2d_grad_x_definition(g, x, w, stride, padding, groups):
-    """Gradient rule of add_conv2d for x in plain torch: sum of g * clip(w - x, -1, 1), folded back to the image."""
+    """Gradient rule of add_conv2d for x in plain torch: sum of g * clip(w - x, -1, 1), folded back to the
+    image."""
     s = conv_shape(x.shape, w.shape, stride, padding, groups)
     grad = torch.zeros_like(x)
     if x.numel() and g.numel():
@@ -350,7 +359,9 @@ def add_conv2d_grad_x_definition(g, x, w, stride, padding, groups):
             columns = torch.zeros_like(patches)
             for m in range(s.M // groups):
                 columns += g_rows[:, :, m, None] * (filters[:, m, :, None] - patches).clamp(-1, 1)
-            grad[images] = F.fold(columns.flatten(1, 2), (s.H, s.W), (s.KH, s.KW), padding=padding, stride=stride)
+            grad[images] = F.fold(
+                columns.flatten(1, 2), (s.H, s.W), (s.KH, s.KW), padding=padding, stride=stride
+            )
     return grad
 
 
@@ -360,12 +371,15 @@ def add_conv2d_op(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int, g
     if build is None:
         return add_conv2d_definition(x, w, stride, padding, groups)
     s = conv_shape(x.shape, w.shape, stride, padding, groups)
-    return call_kernel(build, "add_conv2d_forward", s, x.new_empty(s.N, s.M, s.Ho, s.Wo), x.contiguous(), w.contiguous())
+    return call_kernel(
+        build, "add_conv2d_forward", s, x.new_empty(s.N, s.M, s.Ho, s.Wo), x.contiguous(), w.contiguous()
+    )
 
 
 @torch.library.custom_op("shiftaddnas::add_conv2d_grad_x", mutates_args=())
-def add_conv2d_grad_x_op(g: torch.Tensor, x: torch.Tensor, w: torch.Tensor, stride: int, padding: int,
-                         groups: int) -> torch.Tensor:
+def add_conv2d_grad_x_op(
+    g: torch.Tensor, x: torch.Tensor, w: torch.Tensor, stride: int, padding: int, groups: int
+) -> torch.Tensor:
     build = kernel_build(x.device.type) if x.dtype == torch.float32 else None
     if build is None:
         return add_conv2d_grad_x_definition(g, x, w, stride, padding, groups)
@@ -410,26 +424,35 @@ def add_conv2d(x, weight, stride=1, padding=0, groups=1):
 
         y[n,m,i,j] = - sum_{c,u,v} | x[n, g(m)*C/G + c, i*S+u-P, j*S+v-P] - weight[m,c,u,v] |
 
-    x (N, C, H, W) float, weight (M, C/G, KH, KW) same dtype and device  ->  (N, M, H', W'), H' = (H + 2P - KH)//S + 1
+    x (N, C, H, W) float, weight (M, C/G, KH, KW) same dtype and device -> (N, M, H', W'),
+    H' = (H + 2P - KH)//S + 1.
     Zero padding is not neutral: a padded tap costs |weight|.  Output is never positive.
-    float32 runs in the kernels of kernels.cu (see kernel_build), float16 and bfloat16 are converted to float32 and
-    back, float64 is always the torch definition.  Sums are float32; where x and weight nearly cancel (a common
-    offset) the kernel sums |x - w| itself, so the relative error stays below 1e-5 at an offset of 100.
+    float32 runs in the kernels of kernels.cu (see kernel_build), float16 and bfloat16 are converted to
+    float32 and
+    back, float64 is always the torch definition.  Sums are float32; where x and weight nearly cancel (a
+    common offset) the kernel sums |x - w| itself, so the relative error stays below 1e-5 at an offset of 100.
     Gradient (not the true one):  dy/dweight = x - weight,  dy/dx = clip(weight - x, -1, 1)
-    Raises ValueError if shapes, dtypes or devices do not fit; RuntimeError if a path that was asked for is impossible.
+    Raises ValueError if shapes, dtypes or devices do not fit; RuntimeError if a path that was asked for is
+    impossible.
     """
     conv_shape(x.shape, weight.shape, stride, padding, groups)
     if x.dtype != weight.dtype or x.device != weight.device or not x.is_floating_point():
-        raise ValueError(f"x and weight must be floating and alike: {x.dtype} on {x.device}, {weight.dtype} on {weight.device}")
+        raise ValueError(
+            f"x and weight must be floating and alike: {x.dtype} on {x.device}, "
+            f"{weight.dtype} on {weight.device}"
+        )
     if x.dtype in (torch.float16, torch.bfloat16):
         return add_conv2d_op(x.float(), weight.float(), stride, padding, groups).to(x.dtype)
     return add_conv2d_op(x, weight, stride, padding, groups)
 
 
 def add_linear(x, weight):
-    """y[..., m] = - sum_c |x[..., c] - weight[m, c]|: add_conv2d with a 1x1 kernel. x (..., C), weight (M, C)."""
+    """y[..., m] = - sum_c |x[..., c] - weight[m, c]|: add_conv2d with a 1x1 kernel. x (..., C), weight (M,
+    C)."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x (..., C) and weight (M, C) must share C: x {tuple(x.shape)}, weight {tuple(weight.shape)}")
+        raise ValueError(
+            f"x (..., C) and weight (M, C) must share C: x {tuple(x.shape)}, weight {tuple(weight.shape)}"
+        )
     rows = x.reshape(-1, x.shape[-1])
     return add_conv2d(rows[:, :, None, None], weight[:, :, None, None]).view(*x.shape[:-1], len(weight))
 
@@ -441,10 +464,10 @@ def add_linear(x, weight):
 class Sharing:
     """Which operators of a layer read one tensor, and how. Letters as in an arch."""
 
-    shared: str = "csa"        # operators that read the one tensor; the others own theirs
-    transformed: str = "a"     # those that read T(w) instead of w
-    shift_form: str = "Q"      # of an unshared shift: Q rounds a latent weight, PS owns exponent and sign
-    bins: int = 100            # slopes of T
+    shared: str = "csa"  # operators that read the one tensor; the others own theirs
+    transformed: str = "a"  # those that read T(w) instead of w
+    shift_form: str = "Q"  # of an unshared shift: Q rounds a latent weight, PS owns exponent and sign
+    bins: int = 100  # slopes of T
 
 
 SHARING = {
@@ -452,7 +475,7 @@ SHARING = {
     "naive": Sharing(transformed=""),
     "heterogeneous": Sharing(),
 }
-LAPLACE_SCALE = 0.5            # b of the add weights' target density exp(-|a| / b) / (2 b)
+LAPLACE_SCALE = 0.5  # b of the add weights' target density exp(-|a| / b) / (2 b)
 
 
 class SharedWeight(nn.Module):
@@ -504,7 +527,8 @@ class SharedWeight(nn.Module):
         return self.w * slope[index]
 
     def owned(self, op):
-        """What op reads now, as a SharedWeight of its own: same output, nothing shared, nothing transformed."""
+        """What op reads now, as a SharedWeight of its own: same output, nothing shared, nothing
+        transformed."""
         own = copy.deepcopy(self)
         if not self.pair:
             own.w, own.slope = nn.Parameter(self.weight_for(op).detach().clone()), nn.ParameterDict()
@@ -515,7 +539,9 @@ class SharedWeight(nn.Module):
         w = self.weight_for(op)
         if op == "add":
             return kl_divergence(w, lambda a: -a.abs() / LAPLACE_SCALE - math.log(2 * LAPLACE_SCALE))
-        return kl_divergence(w, lambda a: -0.5 * (a / self.std) ** 2 - math.log(self.std * math.sqrt(2 * math.pi)))
+        return kl_divergence(
+            w, lambda a: -0.5 * (a / self.std) ** 2 - math.log(self.std * math.sqrt(2 * math.pi))
+        )
 
 
 def kl_divergence(sample, log_density, limit=4096):
@@ -538,8 +564,8 @@ def kl_divergence(sample, log_density, limit=4096):
 
 
 def official_kl(weight, generator):
-    """The official divergence, for comparison: (1/n) sum_i q_i (log q_i - log p_i), p = softmax(weight) over the
-    n positions, q = softmax(z), z ~ Laplace(0, 2) drawn afresh. Source: official hytra_ops_ws_dist.py."""
+    """The official divergence, for comparison: (1/n) sum_i q_i (log q_i - log p_i), p = softmax(weight) over
+    the n positions, q = softmax(z), z ~ Laplace(0, 2) drawn afresh. Source: official hytra_ops_ws_dist.py."""
     uniform = torch.rand(weight.numel(), generator=generator).to(weight.device) - 0.5
     z = -2 * uniform.sign() * torch.log1p(-2 * uniform.abs())
     return (z.softmax(0) * (z.log_softmax(0) - weight.flatten().log_softmax(0))).mean()
@@ -559,20 +585,34 @@ class HybridConv2d(nn.Module):
     it off under Adam, and on a shared weight, where it would drown the other operators' gradients.
     """
 
-    def __init__(self, op, c_in, c_out, kernel, stride=1, padding=None, groups=1, bias=False,
-                 weight=None, shift_form="Q", eta=None):
+    def __init__(
+        self,
+        op,
+        c_in,
+        c_out,
+        kernel,
+        stride=1,
+        padding=None,
+        groups=1,
+        bias=False,
+        weight=None,
+        shift_form="Q",
+        eta=None,
+    ):
         super().__init__()
         self.op, self.stride, self.groups, self.eta = op, stride, groups, eta
         self.padding = kernel // 2 if padding is None else padding
         self.shape = (c_out, c_in // groups, kernel, kernel)
-        self.weight = weight or SharedWeight(self.shape, [op], replace(SHARING["none"], shift_form=shift_form))
+        self.weight = weight or SharedWeight(
+            self.shape, [op], replace(SHARING["none"], shift_form=shift_form)
+        )
         self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
 
     def forward(self, x):
         w = self.weight.weight_for(self.op)
         if self.eta and w.requires_grad:
             length = self.eta * math.sqrt(w.numel())
-            w = w.view_as(w)                              # a hook on the parameter itself would pile up
+            w = w.view_as(w)  # a hook on the parameter itself would pile up
             w.register_hook(lambda grad: grad * (length / grad.norm().clamp_min(1e-12)))
         y = OPERATORS[self.op](x, w, stride=self.stride, padding=self.padding, groups=self.groups)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
@@ -591,7 +631,8 @@ class SqueezeExcite(nn.Module):
 
 
 class Entrance(nn.Module):
-    """First half of a block: x -> (shortcut, act(BN(PEG(conv1 x)))), PEG a depthwise 3x3 that carries the stride.
+    """First half of a block: x -> (shortcut, act(BN(PEG(conv1 x)))), PEG a depthwise 3x3 that carries the
+    stride.
 
     The shortcut is the identity when width and map stay; else a projection by the block's own operator, 3x3
     for a stride of 2. The retraining form projects by average pool and 1x1, without activation.
@@ -601,7 +642,9 @@ class Entrance(nn.Module):
         super().__init__()
         p = c_out // 4
         layer = {"shift_form": shift_form}
-        biased = op == "conv" or op == "shift" and (shift_form == "PS" or space.retraining)   # as in the official code
+        biased = (
+            op == "conv" or op == "shift" and (shift_form == "PS" or space.retraining)
+        )  # as in the official code
         self.conv1 = HybridConv2d(op, c_in, p, 1, weight=weights.get("conv1" + suffix), **layer)
         self.peg = HybridConv2d(op, p, p, 3, stride, groups=p, bias=biased, **layer)
         self.bn = nn.BatchNorm2d(p)
@@ -610,8 +653,9 @@ class Entrance(nn.Module):
         if stride > 1 or c_in != c_out:
             kernel = 3 if stride > 1 and not space.retraining else 1
             pool = stride if space.retraining else 1
-            project = HybridConv2d(op, c_in, c_out, kernel, stride // pool,
-                                   weight=weights.get("shortcut" + suffix), **layer)
+            project = HybridConv2d(
+                op, c_in, c_out, kernel, stride // pool, weight=weights.get("shortcut" + suffix), **layer
+            )
             parts = [project, nn.BatchNorm2d(c_out)]
             parts = [nn.AvgPool2d(2, pool, ceil_mode=True, count_include_pad=False)] * (pool > 1) + parts
             self.shortcut = nn.Sequential(*parts, *([] if space.retraining else [space.activation()]))
@@ -635,9 +679,14 @@ class Block(nn.Module):
         super().__init__()
         p, weights, kind = c_out // 4, weights or {}, "conv" if op == "attn" else op
         self.op = op
-        self.entrances = nn.ModuleDict({
-            name: Entrance(kind, c_in, c_out, stride, space, weights, "_d" if name == "down" else "", shift_form)
-            for name, (c_in, stride) in entrances.items()})
+        self.entrances = nn.ModuleDict(
+            {
+                name: Entrance(
+                    kind, c_in, c_out, stride, space, weights, "_d" if name == "down" else "", shift_form
+                )
+                for name, (c_in, stride) in entrances.items()
+            }
+        )
         if op == "attn":
             self.middle = Attention2d(p, space.head_dim)
         else:
@@ -682,15 +731,15 @@ class SearchSpace:
     """
 
     name: str
-    image: int                # side of the square input image
+    image: int  # side of the square input image
     in_channels: int
     classes: int
-    stem: tuple               # (kernel, stride, width, pool): conv, BN, act, then 3x3 max pool of stride 2 if pool
-    widths: tuple             # C_out per resolution; the bottleneck is p = C_out / 4
-    strides: tuple            # stride of the first block of each resolution
-    ops: tuple                # letters allowed per resolution
-    depths: tuple             # allowed numbers of blocks per resolution
-    head_dim: int             # attention has p / head_dim heads
+    stem: tuple  # (kernel, stride, width, pool): conv, BN, act, then 3x3 max pool of stride 2 if pool
+    widths: tuple  # C_out per resolution; the bottleneck is p = C_out / 4
+    strides: tuple  # stride of the first block of each resolution
+    ops: tuple  # letters allowed per resolution
+    depths: tuple  # allowed numbers of blocks per resolution
+    head_dim: int  # attention has p / head_dim heads
     retraining: bool = False  # the form of the official retraining networks: SiLU, squeeze-excite, two heads
 
     def activation(self):
@@ -698,7 +747,9 @@ class SearchSpace:
 
     def sizes(self):
         """Number of archs for each depth pattern."""
-        return [math.prod(len(ops) ** depth for ops, depth in zip(self.ops, depths)) for depths in self.depths]
+        return [
+            math.prod(len(ops) ** depth for ops, depth in zip(self.ops, depths)) for depths in self.depths
+        ]
 
     def size(self):
         """Number of archs, an exact integer."""
@@ -727,24 +778,33 @@ class SearchSpace:
         """Raises ValueError, naming the part that is wrong and what is allowed; returns the arch."""
         stages = arch.split("/") if isinstance(arch, str) else []
         if len(stages) != len(self.ops):
-            raise ValueError(f"arch {arch!r} must be a string of {len(self.ops)} resolutions joined by '/', "
-                             f"like {self.arch(0)} (space {self.name})")
+            raise ValueError(
+                f"arch {arch!r} must be a string of {len(self.ops)} resolutions joined by '/', "
+                f"like {self.arch(0)} (space {self.name})"
+            )
         for number, (stage, ops) in enumerate(zip(stages, self.ops), 1):
             for letter in stage:
                 if letter not in OPS:
-                    raise ValueError(f"unknown op {letter!r} in arch {arch!r}: ops are c (conv), s (shift), "
-                                     "a (add), t (attention)")
+                    raise ValueError(
+                        f"unknown op {letter!r} in arch {arch!r}: ops are c (conv), s (shift), "
+                        "a (add), t (attention)"
+                    )
                 if letter not in ops:
-                    raise ValueError(f"op {letter!r} ({OPS[letter]}) is not offered at resolution {number} of "
-                                     f"space {self.name}, in arch {arch!r}; allowed there: {', '.join(ops)}")
+                    raise ValueError(
+                        f"op {letter!r} ({OPS[letter]}) is not offered at resolution {number} of "
+                        f"space {self.name}, in arch {arch!r}; allowed there: {', '.join(ops)}"
+                    )
         if tuple(map(len, stages)) not in self.depths:
             allowed = " ".join("-".join(map(str, depths)) for depths in self.depths)
-            raise ValueError(f"arch {arch!r} has {'-'.join(str(len(s)) for s in stages)} blocks a resolution; "
-                             f"space {self.name} allows {allowed}")
+            raise ValueError(
+                f"arch {arch!r} has {'-'.join(str(len(s)) for s in stages)} blocks a resolution; "
+                f"space {self.name} allows {allowed}"
+            )
         return arch
 
     def mutate(self, arch, generator, op_probability=0.2, fresh_probability=0.2):
-        """Official rule: start from a fresh random arch with one probability, then redraw each op with the other."""
+        """Official rule: start from a fresh random arch with one probability, then redraw each op with the
+        other."""
         if torch.rand((), generator=generator) < fresh_probability:
             arch = self.sample(generator)
         stages = arch.split("/")
@@ -761,7 +821,9 @@ class SearchSpace:
         stages = []
         for mine, other in zip(first.split("/"), second.split("/")):
             coin = torch.rand(len(mine), generator=generator) < 0.5
-            stages.append("".join(other[i] if coin[i] and i < len(other) else mine[i] for i in range(len(mine))))
+            stages.append(
+                "".join(other[i] if coin[i] and i < len(other) else mine[i] for i in range(len(mine)))
+            )
         return "/".join(stages)
 
     def walk(self, arch):
@@ -771,7 +833,8 @@ class SearchSpace:
                 yield resolution, letter, "down" if i == 0 and resolution > 0 else "same"
 
     def entrances(self, position, resolution, all_cells=False):
-        """Entrances of the cell (position, resolution) that some arch uses, as Block takes them; {} if none."""
+        """Entrances of the cell (position, resolution) that some arch uses, as Block takes them; {} if
+        none."""
         c_out = self.widths[resolution]
         c_in = c_out if position else self.block_input(resolution)
         starts = {sum(depths[:resolution]) for depths in self.depths}
@@ -788,19 +851,40 @@ class SearchSpace:
         return self.stem[2] if self.retraining else self.widths[resolution] // 4
 
 
-HYTRA_DEPTHS = "1159 1168 1249 1258 1339 1348 1447 1456 1555 2239 2248 2338 2347 2446 2455 3337 3346 3445 4444"
+HYTRA_DEPTHS = (
+    "1159 1168 1249 1258 1339 1348 1447 1456 1555 2239 2248 2338 2347 2446 2455 3337 3346 3445 4444"
+)
 SPACES = {
-    "fashion": SearchSpace("fashion", 28, 1, 10, (3, 2, 32, True), (32, 64, 128), (1, 2, 2),
-                           ("csa", "csat", "csat"),
-                           ((2, 2, 2), (2, 2, 3), (2, 3, 2), (2, 3, 3), (2, 2, 4), (2, 4, 2)), 16),
-    "hytra": SearchSpace("hytra", 224, 3, 100, (7, 2, 64, True), (128, 256, 512, 1024), (1, 2, 2, 2),
-                         ("csa", "csa", "csat", "ct"),
-                         tuple(tuple(map(int, depths)) for depths in HYTRA_DEPTHS.split()), 64),
+    "fashion": SearchSpace(
+        "fashion",
+        28,
+        1,
+        10,
+        (3, 2, 32, True),
+        (32, 64, 128),
+        (1, 2, 2),
+        ("csa", "csat", "csat"),
+        ((2, 2, 2), (2, 2, 3), (2, 3, 2), (2, 3, 3), (2, 2, 4), (2, 4, 2)),
+        16,
+    ),
+    "hytra": SearchSpace(
+        "hytra",
+        224,
+        3,
+        100,
+        (7, 2, 64, True),
+        (128, 256, 512, 1024),
+        (1, 2, 2, 2),
+        ("csa", "csa", "csat", "ct"),
+        tuple(tuple(map(int, depths)) for depths in HYTRA_DEPTHS.split()),
+        64,
+    ),
 }
 SPACES["cifar10"] = replace(SPACES["fashion"], name="cifar10", image=32, in_channels=3)
 SPACES["cifar100"] = replace(SPACES["cifar10"], name="cifar100", classes=100)
-SPACES["bossnet_t0"] = replace(SPACES["hytra"], name="bossnet_t0", classes=1000,
-                               widths=(256, 512, 1024, 2048), retraining=True)
+SPACES["bossnet_t0"] = replace(
+    SPACES["hytra"], name="bossnet_t0", classes=1000, widths=(256, 512, 1024, 2048), retraining=True
+)
 SPACES["bossnet_t1"] = replace(SPACES["bossnet_t0"], name="bossnet_t1", strides=(1, 2, 2, 1))
 
 
@@ -815,9 +899,14 @@ def find_space(name):
 
 
 def make_stem(space):
-    """Convolution, BN, activation, optional 3x3 max pool of stride 2; the searched form adds the input projection."""
+    """Convolution, BN, activation, optional 3x3 max pool of stride 2; the searched form adds the input
+    projection."""
     kernel, stride, width, pool = space.stem
-    parts = [HybridConv2d("conv", space.in_channels, width, kernel, stride), nn.BatchNorm2d(width), space.activation()]
+    parts = [
+        HybridConv2d("conv", space.in_channels, width, kernel, stride),
+        nn.BatchNorm2d(width),
+        space.activation(),
+    ]
     if pool:
         parts.append(nn.MaxPool2d(3, 2, 1))
     if not space.retraining:
@@ -828,8 +917,11 @@ def make_stem(space):
 def input_projection(space, resolution):
     """Depthwise K x K of stride K = 2^resolution, 1x1 to the bottleneck width, BN; no activation."""
     width, p, k = space.stem[2], space.widths[resolution] // 4, 2**resolution
-    return nn.Sequential(HybridConv2d("conv", width, width, k, k, padding=0, groups=width),
-                         HybridConv2d("conv", width, p, 1), nn.BatchNorm2d(p))
+    return nn.Sequential(
+        HybridConv2d("conv", width, width, k, k, padding=0, groups=width),
+        HybridConv2d("conv", width, p, 1),
+        nn.BatchNorm2d(p),
+    )
 
 
 class Head(nn.Module):
@@ -869,8 +961,15 @@ def build(space, arch, shift_form="Q", seed=0):
         stem, width = make_stem(space), space.block_input()
         for resolution, letter, entrance in space.walk(arch):
             stride = space.strides[resolution] if entrance == "down" else 1
-            blocks.append(Block(OPS[letter], space.widths[resolution], {entrance: (width, stride)}, space,
-                                shift_form=shift_form))
+            blocks.append(
+                Block(
+                    OPS[letter],
+                    space.widths[resolution],
+                    {entrance: (width, stride)},
+                    space,
+                    shift_form=shift_form,
+                )
+            )
             width = space.widths[resolution]
         return Network(arch, stem, blocks, Head(space))
 
@@ -908,7 +1007,9 @@ class Supernet(nn.Module):
                 for resolution in range(len(space.widths)):
                     self.add_cell(position, resolution, all_cells)
             if all_cells:
-                self.unreachable = nn.ModuleList(input_projection(space, r) for r in range(1, len(space.widths)))
+                self.unreachable = nn.ModuleList(
+                    input_projection(space, r) for r in range(1, len(space.widths))
+                )
 
     def add_cell(self, position, resolution, all_cells):
         """The blocks of one (position, resolution), one per op, and the weights they share."""
@@ -916,14 +1017,21 @@ class Supernet(nn.Module):
         entrances, c_out = space.entrances(position, resolution, all_cells), space.widths[resolution]
         if not entrances:
             return
-        letters = [letter for letter in OPS if letter in space.ops[resolution] or all_cells and letter in "csa"]
+        letters = [
+            letter for letter in OPS if letter in space.ops[resolution] or all_cells and letter in "csa"
+        ]
         readers = [OPS[letter] for letter in letters if letter in sharing.shared]
         shapes = shared_shapes(entrances, c_out) if readers else {}
         shared = {name: SharedWeight(shape, readers, sharing) for name, shape in shapes.items()}
         for letter in letters:
             self.blocks[f"{position}-{resolution}-{letter}"] = Block(
-                OPS[letter], c_out, entrances, space, shared if letter in sharing.shared else None,
-                sharing.shift_form)
+                OPS[letter],
+                c_out,
+                entrances,
+                space,
+                shared if letter in sharing.shared else None,
+                sharing.shift_form,
+            )
         if all_cells and readers:
             unused = len(sharing.transformed) * (6 - len(shared))
             self.unused_slopes.append(nn.Parameter(torch.ones(unused, sharing.bins)))
@@ -945,11 +1053,18 @@ class Supernet(nn.Module):
         "density": mean over them of SharedWeight.divergence, in nats. "official": sum over the add layers of
         official_kl (its weight in the official loss is 10). 0 if nothing is transformed.
         """
-        layers = [layer for block, entrance in self.path(arch) for layer in block.layers(entrance)
-                  if layer.weight.slope]
+        layers = [
+            layer
+            for block, entrance in self.path(arch)
+            for layer in block.layers(entrance)
+            if layer.weight.slope
+        ]
         if kl == "official":
-            return sum(official_kl(layer.weight.weight_for("add"), generator) for layer in layers
-                       if layer.op == "add")
+            return sum(
+                official_kl(layer.weight.weight_for("add"), generator)
+                for layer in layers
+                if layer.op == "add"
+            )
         return sum(layer.weight.divergence(layer.op) for layer in layers) / max(1, len(layers))
 
     def extract(self, arch):

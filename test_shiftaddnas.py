@@ -135,6 +135,41 @@ def test_add_conv2d_and_its_gradients_equal_loops(geometry, dtype, tolerance):
         assert (found.double() - wanted).norm() <= tolerance * wanted.norm()         # false for NaN
 
 
+@pytest.mark.parametrize("path", ["off", "cpu", "cpu-avx2", "cpu-portable"])
+def test_every_kernel_path_equals_the_float64_definition(path, monkeypatch):
+    monkeypatch.setenv("SHIFTADDNAS_KERNELS", path)
+    try:
+        shiftaddnas.kernel_build("cpu")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    for n, c, h, wide, m, k, stride, padding, groups in GEOMETRIES:
+        x, w = torch.randn(n, c, h, wide, generator=rng(1)), torch.randn(m, c // groups, k, k, generator=rng(2))
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            xs, ws = (t.detach().clone().to(dtype).requires_grad_() for t in (x, w))
+            y = add_conv2d(xs, ws, stride, padding, groups)
+            y.backward(torch.randn(y.shape, generator=rng(3)).to(dtype))
+            results.append((y, xs.grad, ws.grad))
+        for found, wanted in zip(*results):
+            assert (found.double() - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_kernel_paths_that_cannot_be_had_say_why(monkeypatch):
+    monkeypatch.setenv("SHIFTADDNAS_KERNELS", "fast")
+    with pytest.raises(ValueError, match="SHIFTADDNAS_KERNELS=fast: allowed are off, cpu"):
+        shiftaddnas.kernel_build("cpu")
+    code = "import torch, shiftaddnas as s; print(s.add_conv2d(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)).item())"
+    for _ in range(2):
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                             env={**os.environ, "SHIFTADDNAS_KERNELS": "", "CXX": "no-such-compiler"})
+        assert run.stdout == "-4.0\n" and run.stderr.count("\n") == 1 and "no-such-compiler" in run.stderr
+
+
+def test_the_add_operator_is_registered_soundly_for_autograd_and_compile():
+    x, w = torch.randn(2, 4, 5, 5, requires_grad=True), torch.randn(6, 2, 3, 3, requires_grad=True)
+    torch.library.opcheck(shiftaddnas.add_conv2d_op, (x, w, 2, 1, 2))
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_shift_conv2d_equals_a_loop_over_powers_of_two(geometry):
     n, c, h, wide, m, k, stride, padding, groups = geometry

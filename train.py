@@ -10,10 +10,11 @@ Each step draws one arch uniformly (single path, as the official code does) and 
     cross-entropy(supernet(x, arch), y) + kl_weight * divergence(arch)
 
 Data: the embedded grey Fashion-MNIST (5,000 training, 1,000 validation, 2,000 test images), or --data with a
-folder of IDX files, of the official CIFAR python batches, or of {train,test}_{images,labels}.npy (uint8 images
-N,H,W or N,H,W,C; val_* optional, else a sixth of the training images). Run again with --resume after an
-interruption: the losses are those of an uninterrupted run. Every run logs to <out>/<name>.jsonl.
+folder of IDX files, of the official CIFAR python batches, or of {train,test}_{images,labels}.npy (uint8
+images N,H,W or N,H,W,C; val_* optional, else a sixth of the training images). Run again with --resume after
+an interruption: the losses are those of an uninterrupted run. Every run logs to <out>/<name>.jsonl.
 """
+
 import argparse
 import gzip
 import json
@@ -37,7 +38,8 @@ from shiftaddnas import SHARING, Supernet, build, find_space
 
 
 def flag(default, text, **limits):
-    """A dataclass field that becomes a command-line flag; limits: low (inclusive), above (exclusive), choices."""
+    """A dataclass field that becomes a command-line flag; limits: low (inclusive), above (exclusive),
+    choices."""
     return field(default=default, metadata={"help": text, **limits})
 
 
@@ -46,12 +48,14 @@ class Config:
     """Flags of train.py; also stored in each checkpoint."""
 
     space: str = flag("fashion", "search space")
-    arch: str = flag("", "train this network instead of the supernet: an arch string or a .json file with one")
+    arch: str = flag(
+        "", "train this network instead of the supernet: an arch string or a .json file with one"
+    )
     sharing: str = flag("heterogeneous", "weights of conv, shift and add", choices=tuple(SHARING))
     kl_weight: float = flag(0.01, "weight of the divergences of shared weights", low=0)
     kl: str = flag("density", "their form", choices=("density", "official"))
     data: str = flag("", "folder of another data set (default: the embedded Fashion-MNIST)")
-    epochs: int = flag(8, "passes over the training images", low=1)
+    epochs: int = flag(7, "passes over the training images", low=1)
     batch: int = flag(100, "images a step", low=2)
     lr: float = flag(4e-3, "peak learning rate (AdamW, one epoch of warm-up, then cosine to 0)", above=0)
     weight_decay: float = flag(0.05, "AdamW decay of weights with more than one dimension", low=0)
@@ -67,8 +71,9 @@ class Config:
 
 def parse(config_class, manual, argv=None, hidden=()):
     """Command line -> config_class instance; `hidden` fields get no flag. ValueError for a bad value."""
-    parser = argparse.ArgumentParser(description=manual, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=manual, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for f in fields(config_class):
         if f.name in hidden:
             continue
@@ -76,7 +81,9 @@ def parse(config_class, manual, argv=None, hidden=()):
         if f.type is bool or f.type == "bool":
             parser.add_argument(name, action="store_true", help=f.metadata["help"])
         else:
-            parser.add_argument(name, type=type(f.default), default=f.default, metavar=f.name.upper(), help=text)
+            parser.add_argument(
+                name, type=type(f.default), default=f.default, metavar=f.name.upper(), help=text
+            )
     config = config_class(**vars(parser.parse_args(argv)))
     for f in fields(config_class):
         check_flag(f, getattr(config, f.name))
@@ -120,7 +127,7 @@ def read_arch(space, text):
         try:
             text = json.loads(Path(text).read_text())["arch"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{text} is not a JSON file with a key \"arch\"") from None
+            raise ValueError(f'{text} is not a JSON file with a key "arch"') from None
     return space.validate(text)
 
 
@@ -128,7 +135,8 @@ def read_arch(space, text):
 
 
 class Split(NamedTuple):
-    """images[index], labels[index] are the split; images uint8 (N, H, W) or (N, H, W, C), maybe memory-mapped."""
+    """images[index], labels[index] are the split; images uint8 (N, H, W) or (N, H, W, C), maybe
+    memory-mapped."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -143,10 +151,12 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
+    """Three splits and the normalisation."""
+
     train: Split
     val: Split
     test: Split
-    mean: torch.Tensor     # (C, 1, 1) of the training images
+    mean: torch.Tensor  # (C, 1, 1) of the training images
     std: torch.Tensor
 
 
@@ -159,7 +169,7 @@ def load_data(path, space):
         arrays = read_arrays(folder, embedded=not path)
     except (OSError, ValueError):
         raise
-    except Exception as error:                    # a damaged pickle or archive can raise anything
+    except Exception as error:  # a damaged pickle or archive can raise anything
         raise ValueError(f"{folder}: damaged or refused data file ({error})") from None
     for name in ("train", "val", "test"):
         if name + "_images" in arrays:
@@ -176,21 +186,31 @@ def load_data(path, space):
     if min(len(train.index), len(val.index), len(test.index)) < 2:
         raise ValueError(f"{folder}: needs at least 12 training and 2 test images")
     sample, _ = train.batch(np.arange(min(5000, len(order))))
-    return Data(train, val, test, sample.mean((0, 2, 3)).view(-1, 1, 1),
-                sample.std((0, 2, 3)).view(-1, 1, 1).clamp_min(1e-3))
+    return Data(
+        train,
+        val,
+        test,
+        sample.mean((0, 2, 3)).view(-1, 1, 1),
+        sample.std((0, 2, 3)).view(-1, 1, 1).clamp_min(1e-3),
+    )
 
 
 def check_images(folder, name, images, labels, space):
+    """ValueError unless images and labels of one split fit each other and the space."""
     shape, side = images.shape[1:], space.image
     wanted = (side, side) if space.in_channels == 1 else (side, side, space.in_channels)
     if shape != wanted or images.dtype != np.uint8:
-        raise ValueError(f"{folder}: {name} images are {'x'.join(map(str, shape))} {images.dtype}; "
-                         f"space {space.name} takes {'x'.join(map(str, wanted))} uint8")
+        raise ValueError(
+            f"{folder}: {name} images are {'x'.join(map(str, shape))} {images.dtype}; "
+            f"space {space.name} takes {'x'.join(map(str, wanted))} uint8"
+        )
     if len(images) != len(labels):
         raise ValueError(f"{folder}: {len(images)} {name} images but {len(labels)} labels")
     if len(labels) and not 0 <= labels.min() <= labels.max() < space.classes:
-        raise ValueError(f"{folder}: {name} labels run from {labels.min()} to {labels.max()}; "
-                         f"space {space.name} has classes 0 to {space.classes - 1}")
+        raise ValueError(
+            f"{folder}: {name} labels run from {labels.min()} to {labels.max()}; "
+            f"space {space.name} has classes 0 to {space.classes - 1}"
+        )
 
 
 def read_arrays(folder, embedded):
@@ -200,22 +220,41 @@ def read_arrays(folder, embedded):
             return {name: file[name] for name in file.files}
     if (folder / "train_images.npy").exists():
         names = [f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("images", "labels")]
-        return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names
-                if not name.startswith("val") or (folder / f"{name}.npy").exists()}
-    for batches, tests, key in ((["train"], "test", b"fine_labels"),
-                                ([f"data_batch_{i}" for i in range(1, 6)], "test_batch", b"labels")):
+        return {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in names
+            if not name.startswith("val") or (folder / f"{name}.npy").exists()
+        }
+    for batches, tests, key in (
+        (["train"], "test", b"fine_labels"),
+        ([f"data_batch_{i}" for i in range(1, 6)], "test_batch", b"labels"),
+    ):
         if (folder / batches[0]).exists():
-            train, test = [read_cifar(folder / name, key) for name in batches], read_cifar(folder / tests, key)
-            return {"train_images": np.concatenate([images for images, _ in train]),
-                    "train_labels": np.concatenate([labels for _, labels in train]),
-                    "test_images": test[0], "test_labels": test[1]}
-    files = {name: f"{prefix}-{kind}-idx{dims}-ubyte" for name, prefix, kind, dims in (
-        ("train_images", "train", "images", 3), ("train_labels", "train", "labels", 1),
-        ("test_images", "t10k", "images", 3), ("test_labels", "t10k", "labels", 1))}
+            train, test = (
+                [read_cifar(folder / name, key) for name in batches],
+                read_cifar(folder / tests, key),
+            )
+            return {
+                "train_images": np.concatenate([images for images, _ in train]),
+                "train_labels": np.concatenate([labels for _, labels in train]),
+                "test_images": test[0],
+                "test_labels": test[1],
+            }
+    files = {
+        name: f"{prefix}-{kind}-idx{dims}-ubyte"
+        for name, prefix, kind, dims in (
+            ("train_images", "train", "images", 3),
+            ("train_labels", "train", "labels", 1),
+            ("test_images", "t10k", "images", 3),
+            ("test_labels", "t10k", "labels", 1),
+        )
+    }
     if any((folder / (files["train_images"] + end)).exists() for end in ("", ".gz")):
         return {name: read_idx(folder / file) for name, file in files.items()}
-    raise ValueError(f"{folder} holds none of train_images.npy, train-images-idx3-ubyte[.gz], data_batch_1 "
-                     "(CIFAR-10), train (CIFAR-100)")
+    raise ValueError(
+        f"{folder} holds none of train_images.npy, train-images-idx3-ubyte[.gz], data_batch_1 "
+        "(CIFAR-10), train (CIFAR-100)"
+    )
 
 
 def read_idx(path):
@@ -258,8 +297,12 @@ def augment(x, generator):
     rows = (top[:, None] + torch.arange(h))[:, None, :, None]
     columns = left[:, None] + torch.arange(w)
     columns = torch.where((torch.rand(n, 1, generator=generator) < 0.5), columns.flip(1), columns)
-    return padded[torch.arange(n)[:, None, None, None], torch.arange(c)[None, :, None, None], rows,
-                  columns[:, None, None, :]]
+    return padded[
+        torch.arange(n)[:, None, None, None],
+        torch.arange(c)[None, :, None, None],
+        rows,
+        columns[:, None, None, :],
+    ]
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -280,7 +323,8 @@ def write_text(text, path):
 
 
 def load_checkpoint(path, **expected):
-    """A checkpoint dict (tensors and plain values only). ValueError if damaged, or if a key differs from `expected`."""
+    """A checkpoint dict (tensors and plain values only). ValueError if damaged, or if a key differs from
+    `expected`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = {key: state[key] for key in ("model", "space", "arch", "config", "step")}
@@ -310,11 +354,15 @@ SAVE_SECONDS = 10
 
 @contextmanager
 def interruptible():
-    """Ctrl-C and SIGTERM only fill the list that is yielded, so that the step at hand can end and be saved."""
+    """Ctrl-C and SIGTERM only fill the list that is yielded, so that the step at hand can end and be
+    saved."""
     stop = []
     try:
-        old = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:                     # not in the main thread: signals are somebody else's
+        old = {
+            s: signal.signal(s, lambda number, _: stop.append(number))
+            for s in (signal.SIGINT, signal.SIGTERM)
+        }
+    except ValueError:  # not in the main thread: signals are somebody else's
         old = {}
     try:
         yield stop
@@ -326,8 +374,10 @@ def interruptible():
 def make_optimizer(model, config):
     """AdamW; vectors (batch norm, bias, slopes of T) get no decay."""
     parameters = list(model.parameters())
-    groups = [{"params": [p for p in parameters if p.ndim > 1]},
-              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
@@ -341,14 +391,13 @@ def learning_rate(config, step, per_epoch):
 
 
 def train(config, space, data, model, arch, path):
-    """Trains `model` (a Supernet if arch is "", else the Network of arch), its checkpoint at `path`; returns it.
+    """Trains `model` (a Supernet if arch is "", else the Network of arch), checkpoint at `path`; returns it.
 
     Goes on from `path` if config.resume. Ctrl-C and SIGTERM save after the step at hand; a kill loses at most
     the last SAVE_SECONDS. Raises ValueError, naming the arch, at the first loss that is not finite.
     """
-    device, generator = torch.device(config.device), torch.Generator().manual_seed(config.seed)
-    model.to(device).train()
-    optimizer = make_optimizer(model, config)
+    model.to(config.device).train()
+    optimizer, generator = make_optimizer(model, config), torch.Generator().manual_seed(config.seed)
     per_epoch = max(1, len(data.train.index) // config.batch)
     step, steps, order, losses = 0, config.epochs * per_epoch, None, []
     if config.resume and os.path.exists(path):
@@ -362,11 +411,9 @@ def train(config, space, data, model, arch, path):
                 order = torch.randperm(len(data.train.index), generator=generator)
             at = step % per_epoch * config.batch
             x, y = data.train.batch(order[at : at + config.batch].numpy())
-            x, y = augment((x - data.mean) / data.std, generator).to(device), y.to(device)
+            x = augment((x - data.mean) / data.std, generator)
             drawn = arch or space.sample(generator)
-            logits, kl = (model(x), 0.0) if arch else (model(x, drawn), model.divergence(drawn, config.kl, generator))
-            loss_ce = F.cross_entropy(logits, y)
-            loss = loss_ce + config.kl_weight * kl
+            loss, loss_ce = losses_of(config, model, arch, drawn, x, y, generator)
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss became {loss.item()} at step {step} with arch {drawn}")
             for group in optimizer.param_groups:
@@ -376,25 +423,52 @@ def train(config, space, data, model, arch, path):
             optimizer.step()
             step += 1
             losses.append(loss.item())
-            log.write(json.dumps({"step": step, "loss": loss.item(), "ce": loss_ce.item(), "arch": drawn}) + "\n")
-            if step % per_epoch == 0 or step == steps:
+            line = {"step": step, "loss": loss.item(), "ce": loss_ce.item(), "arch": drawn}
+            log.write(json.dumps(line) + "\n")
+            if step % per_epoch == 0:
                 print_step(path, step, steps, losses, (time.monotonic() - started) / (step - first))
                 losses = []
             if stop or step == steps or time.monotonic() - saved > SAVE_SECONDS:
                 log.flush()
-                save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": asdict(config),
-                      "space": space.name, "arch": arch, "step": step, "order": order,
-                      "generator": generator.get_state(), "torch_rng": torch.get_rng_state()}, path)
+                save(checkpoint(config, space, arch, model, optimizer, generator, step, order), path)
                 saved = time.monotonic()
-            if stop and step < steps:
+            if stop:
                 raise KeyboardInterrupt
     return model.eval()
 
 
+def losses_of(config, model, arch, drawn, x, y, generator):
+    """(cross-entropy + kl_weight * divergence, cross-entropy) of a batch; fixed networks have no divergence."""
+    x, y = x.to(config.device), y.to(config.device)
+    if arch:
+        loss_ce = F.cross_entropy(model(x), y)
+        return loss_ce, loss_ce
+    loss_ce = F.cross_entropy(model(x, drawn), y)
+    return loss_ce + config.kl_weight * model.divergence(drawn, config.kl, generator), loss_ce
+
+
+def checkpoint(config, space, arch, model, optimizer, generator, step, order):
+    """All that an exact continuation needs, as one dict of tensors and plain values."""
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "config": asdict(config),
+        "space": space.name,
+        "arch": arch,
+        "step": step,
+        "order": order,
+        "generator": generator.get_state(),
+        "torch_rng": torch.get_rng_state(),
+    }
+
+
 def print_step(path, step, steps, losses, seconds):
     """One line: where, loss since the last line, rate, time left."""
-    print(f"{Path(path).stem}  step {step}/{steps} | loss {sum(losses) / len(losses):.3f} | "
-          f"{1e3 * seconds:.0f} ms a step | {(steps - step) * seconds:.0f} s left", flush=True)
+    print(
+        f"{Path(path).stem}  step {step}/{steps} | loss {sum(losses) / len(losses):.3f} | "
+        f"{1e3 * seconds:.0f} ms a step | {(steps - step) * seconds:.0f} s left",
+        flush=True,
+    )
 
 
 def open_log(path, step):
@@ -409,8 +483,10 @@ def restore(path, config, space, arch, model, optimizer, generator):
     state = load_checkpoint(path, space=space.name, arch=arch)
     for key, value in asdict(config).items():
         if key not in ("resume", "out", "device") and state["config"].get(key) != value:
-            raise ValueError(f"{path} was made with --{key.replace('_', '-')} {state['config'].get(key)!r}, "
-                             f"this run asks for {value!r}; give the same flags or another --out")
+            raise ValueError(
+                f"{path} was made with --{key.replace('_', '-')} {state['config'].get(key)!r}, "
+                f"this run asks for {value!r}; give the same flags or another --out"
+            )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     generator.set_state(state["generator"])
@@ -439,7 +515,7 @@ def recalibrate(network, data, images=500, device="cpu"):
     norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None                                    # plain average over the batches
+        norm.momentum = None  # plain average over the batches
     x, _ = data.train.batch(np.arange(min(images, len(data.train.index))))
     network.train()(((x - data.mean) / data.std).to(device))
     for norm in norms:
@@ -462,8 +538,11 @@ def main(argv=None):
         model = load_supernet(config.init, space).extract(arch)
     else:
         model = build(space, arch, seed=config.seed) if arch else Supernet(space, config.sharing, config.seed)
-    print(f"{arch or 'supernet'} of space {space.name} | {sum(p.numel() for p in model.parameters()):,} parameters | "
-          f"{len(data.train.index)} images | {config.device}, {torch.get_num_threads()} threads")
+    print(
+        f"{arch or 'supernet'} of space {space.name} | "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters | "
+        f"{len(data.train.index)} images | {config.device}, {torch.get_num_threads()} threads"
+    )
     model = train(config, space, data, model, arch, path)
     if arch:
         print(f"test accuracy {accuracy(model, data, data.test, config.device):.2f} % | saved {path}")
