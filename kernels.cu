@@ -1,6 +1,6 @@
 // The add operator of ShiftAddNAS on the CPU: y = -sum |x - w| and its input gradient, plain C ABI.
 //
-//   build   g++ -x c++ -O3 -std=c++20 -march=native -shared -fPIC -pthread kernels.cu -o kernels.so
+//   build   g++ -x c++ -O3 -std=c++20 -march=native -shared -fPIC -fopenmp kernels.cu -o kernels.so
 //           (shiftaddnas.py does it on first use; -mavx2 -mfma or no -m flag give the slower CPU paths)
 //
 //   function            torch definition in shiftaddnas.py        formula
@@ -21,12 +21,10 @@ enum { NO_MEMORY = -1 };
 
 // ============================================================ CPU build
 #include <algorithm>
-#include <atomic>
 #include <cfloat>
 #include <cmath>
-#include <system_error>
-#include <thread>
 #include <vector>
+#include <omp.h>
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -71,17 +69,13 @@ static inline vec opaque(vec a) {
     return a;
 }
 
-// Calls work(first, last) for chunks of [0, jobs) until all are done, on `threads` threads; each result is written by
-// one job, so the outcome does not depend on the number of threads.
+// Calls work(job, thread) for every job in [0, jobs) on `threads` threads. They are torch's own OpenMP team: a second pool
+// would fight its idle workers, which spin, for the cores. Each result is written by one job: the outcome does not depend
+// on the number of threads.
 template <class Work> static void parallel(int64_t jobs, int threads, Work work) {
-    std::atomic<int64_t> next{0};
-    auto loop = [&](int thread) { for (int64_t j; (j = next++) < jobs;) work(j, thread); };
-    std::vector<std::thread> pool;
-    try {
-        for (int t = 1; t < std::min<int64_t>(threads, jobs); ++t) pool.emplace_back(loop, t);
-    } catch (const std::system_error&) {}      // no further thread to be had: those that run do the work
-    loop(0);
-    for (auto& t : pool) t.join();
+    const int team = int(std::min<int64_t>(threads, jobs));
+#pragma omp parallel for schedule(dynamic) num_threads(team) if (team > 1)
+    for (int64_t job = 0; job < jobs; ++job) work(job, omp_get_thread_num());
 }
 
 // Source of panels: pixel (n, a, b) of an A x B grid and tap (c, u, v) read data[n, c, a*step+row0+u, b*step+col0+v],
@@ -394,7 +388,7 @@ static void mark_nan_weights(float* gx, const float* w, const ConvShape& s) {
     }
 }
 
-// Runs a launcher's body; memory or threads that the system refuses become a status.
+// Runs a launcher's body; memory that the system refuses becomes a status.
 template <class Body> static int guarded(Body body) {
     try { body(); }
     catch (const std::exception&) { return NO_MEMORY; }
@@ -423,5 +417,5 @@ extern "C" int add_conv2d_grad_x(float* gx, const float* g, const float* x, cons
 }
 
 extern "C" const char* status_text(int status) {
-    return status == 0 ? "ok" : "memory or threads refused by the system";
+    return status == 0 ? "ok" : "memory refused by the system";
 }

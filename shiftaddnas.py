@@ -208,7 +208,7 @@ def compiler_command(build):
         "-std=c++20",
         "-shared",
         "-fPIC",
-        "-pthread",
+        "-fopenmp",
         *BUILDS[build],
     ]
 
