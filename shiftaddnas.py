@@ -168,6 +168,8 @@ BUILDS = {  # SHIFTADDNAS_KERNELS -> compiler flags of that build of kernels.cu
     "cpu": ["-march=native"],
     "cpu-avx2": ["-mavx2", "-mfma"],
     "cpu-portable": [],
+    "emulate": ["-DEMULATE"],  # the code of the GPU kernels on CPU threads
+    "gpu": [],
 }
 
 
@@ -195,22 +197,20 @@ def conv_shape(x_size, w_size, stride, padding, groups):
 
 def compiler_command(build):
     """Compiler and flags of a build; RuntimeError, with the reason, if this machine cannot make or run it."""
+    if build == "gpu":
+        nvcc = shutil.which("nvcc")
+        if nvcc is None or not torch.cuda.is_available():
+            missing = "a GPU that torch can use" if nvcc else "nvcc on the PATH"
+            raise RuntimeError(f"the gpu build needs {missing}")
+        major, minor = torch.cuda.get_device_capability()
+        return [nvcc, "-O3", "-std=c++17", f"-arch=sm_{major}{minor}", "-shared", "-Xcompiler", "-fPIC"]
     name = os.environ.get("CXX", "g++")
     if shutil.which(name) is None:
         raise RuntimeError(f"the {build} build needs a C++ compiler, and {name} is not on the PATH")
     if build == "cpu-avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         raise RuntimeError("the cpu-avx2 build needs a CPU with AVX2")
-    return [
-        shutil.which(name),
-        "-x",
-        "c++",
-        "-O3",
-        "-std=c++20",
-        "-shared",
-        "-fPIC",
-        "-fopenmp",
-        *BUILDS[build],
-    ]
+    flags = ["-x", "c++", "-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", *BUILDS[build]]
+    return [shutil.which(name), *flags]
 
 
 def cpu_model():
@@ -290,34 +290,42 @@ def say_once(line):
 def kernel_build(device_type):
     """The build that serves tensors of this device ("cpu", "cuda", ...), or None for the torch definition.
 
-    SHIFTADDNAS_KERNELS names the path: off | cpu | cpu-avx2 | cpu-portable. Unset: the cpu build for CPU
-    tensors where it can be compiled, else the torch definition, which one line says. RuntimeError if the
-    named path is impossible here, ValueError if there is no such path.
+    SHIFTADDNAS_KERNELS names the path: off | cpu | cpu-avx2 | cpu-portable | emulate | gpu. Unset: the cpu
+    build for CPU tensors and the gpu build for CUDA tensors where they can be compiled, else the torch
+    definition, which one line says. RuntimeError if the named path is impossible, ValueError if there is none.
     """
     forced = os.environ.get("SHIFTADDNAS_KERNELS", "")
     if forced and forced != "off" and forced not in BUILDS:
         raise ValueError(f"SHIFTADDNAS_KERNELS={forced}: allowed are off, {', '.join(BUILDS)}")
     if forced == "off":
         return None
-    if device_type != "cpu":
-        return None
     if forced:
         load_kernels(forced)
+        if (forced == "gpu") != (device_type == "cuda"):
+            raise RuntimeError(f"SHIFTADDNAS_KERNELS={forced} cannot serve tensors on {device_type}")
         return forced
+    build = {"cpu": "cpu", "cuda": "gpu"}.get(device_type)
     try:
-        load_kernels("cpu")
-        return "cpu"
+        if build:
+            load_kernels(build)
+        return build
     except RuntimeError as error:
         say_once(f"shiftaddnas: add layers run in plain torch, no kernels: {str(error).splitlines()[0]}")
         return None
 
 
 def call_kernel(build, name, shape, *tensors):
-    """Run one function of kernels.cu on contiguous CPU tensors with torch's thread count. RuntimeError with
-    function, shapes and the library's text if it fails."""
+    """Run one function of kernels.cu on contiguous tensors of one device and return the first, its result.
+    The CPU builds get torch's thread count, the gpu build torch's current stream. RuntimeError with function,
+    shapes and the library's text if it fails."""
     library = load_kernels(build)
     pointers = [*(ctypes.c_void_p(t.data_ptr()) for t in tensors), (ctypes.c_int32 * len(shape))(*shape)]
-    status = getattr(library, name)(*pointers, ctypes.c_int64(torch.get_num_threads()))
+    if build == "gpu":
+        with torch.cuda.device(tensors[0].device):
+            stream = torch.cuda.current_stream().cuda_stream
+            status = getattr(library, name)(*pointers, ctypes.c_int64(stream))
+    else:
+        status = getattr(library, name)(*pointers, ctypes.c_int64(torch.get_num_threads()))
     if status:
         sizes = ", ".join(str(tuple(t.shape)) for t in tensors)
         raise RuntimeError(f"{name} ({build}) on {sizes}: {library.status_text(status).decode()}")
@@ -399,6 +407,15 @@ def _(g, x, w, stride, padding, groups):
     return x.new_empty(x.shape)
 
 
+def product_grad_w(g, x, w, stride, padding, groups):
+    """Weight gradient of the convolution of this geometry: sum of g * x."""
+    if x.shape[2:] == w.shape[2:] == (1, 1) and padding == 0 and groups == 1:  # a linear layer: one product
+        return (g[:, :, 0, 0].T @ x[:, :, 0, 0])[:, :, None, None]
+    strides, paddings, wanted = [stride] * 2, [padding] * 2, (False, True, False)
+    backward = torch.ops.aten.convolution_backward
+    return backward(g, x, w, None, strides, paddings, [1, 1], False, [0, 0], groups, wanted)[1]
+
+
 def add_conv2d_backward(ctx, g):
     x, w = ctx.saved_tensors
     stride, padding, groups = ctx.geometry
@@ -406,8 +423,8 @@ def add_conv2d_backward(ctx, g):
     if ctx.needs_input_grad[0]:
         grad_x = add_conv2d_grad_x_op(g, x, w, stride, padding, groups)
     if ctx.needs_input_grad[1]:
-        grad_w = torch.nn.grad.conv2d_weight(x, w.shape, g, stride, padding, groups=groups)
-        grad_w = grad_w - w * g.sum((0, 2, 3)).view(-1, 1, 1, 1)
+        grad_w = product_grad_w(g, x, w, stride, padding, groups)
+        grad_w = grad_w.addcmul_(w, g.sum((0, 2, 3)).view(-1, 1, 1, 1), value=-1)
     return grad_x, grad_w, None, None, None
 
 
@@ -455,6 +472,116 @@ def add_linear(x, weight):
         )
     rows = x.reshape(-1, x.shape[-1])
     return add_conv2d(rows[:, :, None, None], weight[:, :, None, None]).view(*x.shape[:-1], len(weight))
+
+
+# ------------------------------------------------------------------------------- §2 integer arithmetic
+
+
+def pack_shift(weight):
+    """Power-of-two weights in 5 bits each, lossless.
+
+    A weight +-2^-e, e in 0 .. 15, has the code 16 (w < 0) + e; the codes fill the bits 5k .. 5k + 4 of bytes
+    1, 2, ..., lowest bit first. All 32 codes are taken: if the weight has zeros, code 31 stands for 0 instead
+    of -2^-15 and byte 0 is 1, else 0. weight any shape, float -> uint8 (1 + ceil(5 numel / 8),).
+    Raises ValueError for any other value, and for 0 and -2^-15 in one weight.
+    """
+    w = weight.detach().flatten().double()
+    mantissa, exponent = torch.frexp(w)
+    e, zero = 1 - exponent, w == 0
+    bad = ~zero & ((mantissa.abs() != 0.5) | (e < 0) | (e > 15))
+    if bad.any():
+        raise ValueError(f"5-bit codes hold 0 and +-2^-e, e in 0 .. 15, not {w[bad][0].item()}")
+    codes = torch.where(zero, 31, e + 16 * (w < 0))
+    if zero.any() and (codes == 31).sum() > zero.sum():
+        raise ValueError("5-bit codes hold 0 or -2^-15, and this weight has both")
+    bits = (codes[:, None] >> torch.arange(5, device=w.device)) & 1
+    bits = F.pad(bits.flatten(), (0, -bits.numel() % 8)).view(-1, 8)
+    packed = (bits << torch.arange(8, device=w.device)).sum(1)
+    return torch.cat([zero.any().view(1), packed]).to(torch.uint8)
+
+
+def unpack_shift(packed, shape):
+    """The float32 weight of this shape that pack_shift packed. ValueError if size or dtype do not fit."""
+    n = math.prod(shape)
+    if packed.dtype != torch.uint8 or packed.shape != (1 + (5 * n + 7) // 8,):
+        raise ValueError(
+            f"{tuple(shape)} weights need {1 + (5 * n + 7) // 8} bytes, got {tuple(packed.shape)} {packed.dtype}"
+        )
+    bits = (packed[1:, None].int() >> torch.arange(8, device=packed.device)) & 1
+    codes = (bits.flatten()[: 5 * n].view(n, 5) << torch.arange(5, device=packed.device)).sum(1)
+    w = torch.ldexp(1.0 - 2.0 * (codes >> 4), -(codes & 15))
+    return torch.where((codes == 31) & (packed[0] == 1), 0.0, w).view(shape)
+
+
+def int_conv2d_definition(term, x, w, stride, padding, groups):
+    """sum over the taps of term(x, w) in plain torch, int64, filter by filter; padding is x = 0."""
+    s = conv_shape(x.shape, w.shape, stride, padding, groups)
+    x = F.pad(x.long(), (padding,) * 4)
+    rows, columns = stride * (s.Ho - 1) + 1, stride * (s.Wo - 1) + 1
+    y = torch.zeros(s.N, s.M, s.Ho, s.Wo, dtype=torch.int64, device=x.device)
+    for m in range(s.M):
+        first = m // (s.M // groups) * w.shape[1]
+        for u in range(s.KH):
+            for v in range(s.KW):
+                tap = x[:, first : first + w.shape[1], u : u + rows : stride, v : v + columns : stride]
+                y[:, m] += term(tap, w[m, :, u, v, None, None].long()).sum(1)
+    return y
+
+
+def int_conv2d(name, x, w, shape, geometry):
+    """The function `name` of kernels.cu on CPU tensors; None where no build holds it, for the definition."""
+    build = kernel_build("cpu") if x.device.type == "cpu" else None
+    if build in (None, "emulate"):  # the emulated build holds the GPU kernels, which are float
+        return None
+    s = conv_shape(x.shape, shape, *geometry)
+    dtype = torch.int32 if name == "add_conv2d_u8" else torch.int64
+    y = torch.empty(s.N, s.M, s.Ho, s.Wo, dtype=dtype)
+    return call_kernel(build, name, s, y, x.contiguous(), w.contiguous()) if y.numel() else y
+
+
+def require_dtypes(name, x, w, x_dtype, w_dtype):
+    """ValueError if the operands of an integer operator have other types or are on two devices."""
+    if (x.dtype, w.dtype) != (x_dtype, w_dtype) or x.device != w.device:
+        raise ValueError(
+            f"{name} takes {x_dtype} and {w_dtype} on one device, "
+            f"got {x.dtype} on {x.device} and {w.dtype} on {w.device}"
+        )
+
+
+def shift_conv2d_int(x, packed, shape, stride=1, padding=0, groups=1):
+    """Shift convolution by shifts and additions only, exact: 2^15 * conv2d(x, unpack_shift(packed, shape)).
+
+        y = sum +-(x << (15 - e)) over the taps whose weight is +-2^-e
+
+    x (N, C, H, W) int32, packed = pack_shift(weight) of shape (M, C/G, KH, KW) -> (N, M, H', W') int64, so no
+    bit is lost. Raises ValueError if shapes, sizes or dtypes do not fit.
+    """
+    require_dtypes("shift_conv2d_int", x, packed, torch.int32, torch.uint8)
+    weight = unpack_shift(packed, shape)
+    conv_shape(x.shape, shape, stride, padding, groups)
+    y = int_conv2d("shift_conv2d_int", x, packed, shape, (stride, padding, groups))
+    factors = (weight * 2.0**15).long()
+    return int_conv2d_definition(torch.mul, x, factors, stride, padding, groups) if y is None else y
+
+
+def add_conv2d_int(x, weight, stride=1, padding=0, groups=1):
+    """add_conv2d of int32 x and weight, exact, int64 result. Raises ValueError if shapes or dtypes do not
+    fit."""
+    require_dtypes("add_conv2d_int", x, weight, torch.int32, torch.int32)
+    return add_conv2d_exact("add_conv2d_int", x, weight, stride, padding, groups)
+
+
+def add_conv2d_u8(x, weight, stride=1, padding=0, groups=1):
+    """add_conv2d of bytes, exact, int32 result (up to 2^23 taps), by the CPU's own sum of absolute differences
+    of bytes where it has one. Raises ValueError if shapes or dtypes do not fit."""
+    require_dtypes("add_conv2d_u8", x, weight, torch.uint8, torch.uint8)
+    return add_conv2d_exact("add_conv2d_u8", x, weight, stride, padding, groups).int()
+
+
+def add_conv2d_exact(name, x, weight, *geometry):
+    conv_shape(x.shape, weight.shape, *geometry)
+    y = int_conv2d(name, x, weight, weight.shape, geometry)
+    return int_conv2d_definition(lambda a, b: -(a - b).abs(), x, weight, *geometry) if y is None else y
 
 
 # ------------------------------------------------------------------------------------------- §3 sharing
