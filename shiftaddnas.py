@@ -53,9 +53,11 @@ import math
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -1219,3 +1221,137 @@ def shared_shapes(entrances, c_out):
         c_up, _ = entrances["down"]
         shapes |= {"conv1_d": (p, c_up, 1, 1), "shortcut_d": (c_out, c_up, 3, 3)}
     return shapes
+
+
+# ------------------------------------------------------------------------------------ the operator table
+
+LAYERS = {  # name: N, C, M, side, K, padding, groups
+    "3x3 64-64 16x16": (64, 64, 64, 16, 3, 1, 1),
+    "3x3 128-128 8x8": (64, 128, 128, 8, 3, 1, 1),
+    "1x1 256-64 8x8": (64, 256, 64, 8, 1, 0, 1),
+    "1x1 64-256 16x16": (64, 64, 256, 16, 1, 0, 1),
+    "depthwise 3x3 64": (64, 64, 64, 16, 3, 1, 64),
+    "linear 512-512": (1024, 512, 512, 1, 1, 0, 1),
+}
+
+
+@contextmanager
+def forced_path(path):
+    """SHIFTADDNAS_KERNELS = path inside, as before afterwards."""
+    before = os.environ.get("SHIFTADDNAS_KERNELS")
+    os.environ["SHIFTADDNAS_KERNELS"] = path
+    try:
+        yield
+    finally:
+        del os.environ["SHIFTADDNAS_KERNELS"]
+        if before is not None:
+            os.environ["SHIFTADDNAS_KERNELS"] = before
+
+
+def median_ms(run, device, seconds=0.1):
+    """Median time of run() in ms: one call to warm up, then as many as fit into `seconds`, at least 3."""
+    times, end = [], math.inf
+    while len(times) < 4 or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+        end = min(end, time.perf_counter() + seconds)
+    return statistics.median(times[1:])
+
+
+def extra_mb(run):
+    """Memory that run() takes beyond what it returns, MB, from the kernel's high-water mark; nan elsewhere."""
+
+    def status(key):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024 / 1e6
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: hand freed memory back
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: start the mark anew
+        held = status("VmRSS")
+        result = run()
+        return max(0.0, status("VmHWM") - held - result.nbytes / 1e6)
+    except (OSError, AttributeError):
+        return math.nan
+
+
+def layer_operators(layer, device):
+    """(name, path, function, inputs, elements, scale) of each operator on one layer. An element is one term of
+    the sum; scale > 1 says that the inputs are 1/scale of the batch."""
+    N, C, M, side, K, padding, groups = LAYERS[layer]
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(N, C, side, side, generator=g).to(device)
+    w = (torch.randn(M, C // groups, K, K, generator=g) * 0.1).to(device)
+    tokens = x.view(N, C, -1).mT if side > 1 else x.view(8, -1, C)
+    heads = tokens.unflatten(2, (-1, 16)).transpose(1, 2)
+    elements = N * M * side * side * w[0].numel()
+
+    def conv(x, w):
+        return F.conv2d(x, w, None, 1, padding, 1, groups) if side > 1 else F.linear(x.flatten(1), w.flatten(1))
+
+    def add(x, w):
+        return add_conv2d(x, w, 1, padding, groups)
+
+    def broadcast(x, w):  # AdderNet's adder.py: one difference of all patches and filters
+        patches = F.unfold(x, K, padding=padding).view(len(x), groups, 1, w[0].numel(), -1)
+        return -(patches - w.view(1, groups, M // groups, -1, 1)).abs().sum(3)
+
+    yield "conv", "", conv, (x, w), elements, 1
+    for path in ["gpu"] if device == "cuda" else ["cpu", "cpu-portable"]:
+        yield f"add ({path})", path, add, (x, w), elements, 1
+    yield "add (unfold + cdist)", "off", add, (x[::16], w), elements, 16
+    yield "add (broadcast)", "", broadcast, (x[::64], w), elements, 64
+    yield "shift", "", lambda x, w: shift_conv2d(x, w, 1, padding, groups), (x, w), elements, 1
+    pairs = 2 * heads.numel() * heads.shape[2]  # q k products and values, elements of this layer's tokens
+    yield "attention", "", F.scaled_dot_product_attention, (heads,) * 3, pairs, 1
+
+
+def measure(path, function, inputs, scale, device):
+    """(forward ms, forward + backward ms, extra MB of a forward) of one operator, scaled to the whole batch."""
+
+    def train():
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        y = function(*leaves)
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    with forced_path(path):
+        with torch.no_grad():
+            forward = median_ms(lambda: function(*inputs), device)
+            extra = extra_mb(lambda: function(*inputs)) if device == "cpu" else math.nan
+        return scale * forward, scale * median_ms(train, device), scale * extra
+
+
+def operator_table():
+    """Print time, elements a second, share of the ceiling and extra memory of every operator on LAYERS."""
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    names = [line.split(":")[1].strip() for line in cpu_model().splitlines() if line.startswith("model name")]
+    for device in devices:
+        a = torch.randn(1024, 1024, device=device)
+        ceiling = 1024**3 / 1e6 / median_ms(lambda: a @ a, device)
+        name = torch.cuda.get_device_name() if device == "cuda" else (names or [platform.machine()])[0]
+        threads = f"{torch.get_num_threads()} threads, " if device == "cpu" else ""
+        print(f"{name}, {threads}torch {torch.__version__}; medians; G/s = 10^9 elements a second")
+        print(f"ceiling {ceiling:.1f} G/s: the float32 matrix product of 1024 x 1024 here (on a GPU add is 2 FADD: half)")
+        print(f"{'layer':18}{'operator':22}{'forward ms':>11}{'G/s':>8}{'ceiling':>9}{'fwd+bwd ms':>12}{'extra MB':>10}")
+        ratios = collections.defaultdict(list)
+        for layer in LAYERS:
+            for operator, path, function, inputs, elements, scale in layer_operators(layer, device):
+                ms, train_ms, extra = measure(path, function, inputs, scale, device)
+                conv = (ms, train_ms) if operator == "conv" else conv
+                ratios[operator].append((ms / conv[0], train_ms / conv[1]))
+                rate = elements / 1e6 / ms
+                print(
+                    f"{layer:18}{operator:22}{ms:11.2f}{rate:8.1f}{rate / ceiling:9.0%}{train_ms:12.2f}{extra:10.1f}"
+                )
+        for operator, pairs in ratios.items():
+            forward, train = (statistics.geometric_mean(column) for column in zip(*pairs))
+            print(f"{operator:22} / conv, geometric mean: forward {forward:6.2f}   forward + backward {train:6.2f}")
+    if "cuda" not in devices:
+        print("gpu: not measured (no GPU that torch can use)")
+
+
+if __name__ == "__main__":
+    operator_table()
