@@ -126,7 +126,7 @@ def read_arch(space, text):
     if text.endswith(".json"):
         try:
             text = json.loads(Path(text).read_text())["arch"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f'{text} is not a JSON file with a key "arch"') from None
     return space.validate(text)
 
