@@ -496,7 +496,7 @@ def plot(results, path):
 
 
 def benchmark(bits, accounting, pe_limit, archs=10_000):
-    """Two lines of timings: the 103 layers of T0_mix_v3 from empty caches; random hytra networks, drawn too."""
+    """Two timings: the 103 layers of T0_mix_v3 from empty caches; random hytra networks, drawn too."""
     for cached in (_layer_cost, _factorisations, _block):
         cached.cache_clear()
     space, generator, lines = find_space("hytra"), torch.Generator().manual_seed(0), []

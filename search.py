@@ -4,14 +4,17 @@
     python search.py --budget 0.4               at most 40 % of the energy of the all-conv network
     python search.py --max-energy-mj 0.5 --max-params 150000 --generations 10
 
-Run the same command again after an interruption: every phase goes on where it was.
+Run the same command again after an interruption: every phase goes on where it was. --resume says that this is
+what you mean: it is an error then if there is nothing to go on from.
 Evolution as in the official search.py: the fittest archs are parents; each generation is made of mutations,
 crossovers and fresh random archs. Fitness is the accuracy on the validation images with inherited weights,
 after batch-norm recalibration on training images (official: augmented training images, statistics averaged
-over all archs). Only new archs inside the budget are scored, and the last generation counts. The test images
-are used once, for the retrained networks of the final table.
+over all archs). Only new archs inside the budget are scored, and the last generation counts. The fittest few
+(--finalists) are retrained from scratch and the best of them on the validation images wins, for inherited
+weights rank networks only roughly (official: the fittest). The test images are used once, for the table.
 """
 
+import functools
 import json
 import os
 import time
@@ -20,20 +23,10 @@ from pathlib import Path
 
 import torch
 
-from cost_model import network_cost, network_layers, operations
+from cost_model import measured_latency_ms, measured_table, network_cost, network_layers, operations
 from shiftaddnas import Supernet, build, find_space
-from train import (
-    Config,
-    accuracy,
-    check_device,
-    flag,
-    load_data,
-    parse,
-    recalibrate,
-    run_command,
-    train,
-    write_text,
-)
+from train import Config, accuracy, check_device, flag, load_data, parse, recalibrate, run_command
+from train import train, write_text
 
 TRIES = 200  # draws for one child before the search says that the budget leaves nothing new
 
@@ -47,6 +40,9 @@ class SearchConfig(Config):
     )
     max_energy_mj: float = flag(0.0, "energy limit in mJ; 0: none", low=0)
     max_latency_ms: float = flag(0.0, "simulated latency limit in ms; 0: none", low=0)
+    max_measured_ms: float = flag(
+        0.0, "limit of the latency in ms measured on this machine, one image, one thread; 0: none", low=0
+    )
     max_params: int = flag(0, "parameter limit; 0: none", low=0)
     max_macs: int = flag(0, "limit of multiply-, shift- and add-accumulates; 0: none", low=0)
     generations: int = flag(5, "generations after the first", low=0)
@@ -55,23 +51,37 @@ class SearchConfig(Config):
     crossovers: int = flag(5, "crossed children a generation", low=0)
     random: int = flag(2, "fresh random archs a generation", low=0)
     first: int = flag(16, "random archs of the first generation", low=1)
+    finalists: int = flag(3, "fittest archs that are retrained to find the winner", low=1)
 
 
 # ----------------------------------------------------------------------------------------------- budget
 
 
-def describe(space, arch):
-    """Costs of one arch: energy_mj, latency_ms (official accounting), params, mults, shifts, adds, macs."""
+COSTS = ("energy_mj", "latency_ms", "measured_ms", "params", "macs")  # each can be limited by --max-<cost>
+
+
+def describe(space, arch, table=None):
+    """Costs of one arch: energy_mj, latency_ms (official accounting), params, mults, shifts, adds, macs; with
+    a table of measured latencies measured_ms too."""
     layers = network_layers(space, arch)
     cost = network_cost(layers)
     with torch.device("meta"):
         params = sum(p.numel() for p in build(space, arch).parameters())
-    return {
-        "energy_mj": cost.energy_mj,
-        "latency_ms": cost.latency_ms,
-        "params": params,
-        **operations(layers),
-    }
+    costs = {"energy_mj": cost.energy_mj, "latency_ms": cost.latency_ms, "params": params}
+    if table:
+        costs["measured_ms"] = measured_latency_ms(space, arch, table)
+    return costs | operations(layers)
+
+
+@functools.cache
+def read_table(space, path):
+    """The table of measured latencies at `path`, measured now if it is not there; read once."""
+    return measured_table(space, path)
+
+
+def latency_table(config, space):
+    """Measured latencies, kept in the output folder, if this search limits them; else None."""
+    return read_table(space, os.path.join(config.out, "measured.json")) if config.max_measured_ms else None
 
 
 def all_of(letter, space, arch):
@@ -83,12 +93,7 @@ def all_of(letter, space, arch):
 
 def limits(config, space, arch):
     """{cost: largest allowed value} for an arch."""
-    given = {
-        "energy_mj": config.max_energy_mj,
-        "latency_ms": config.max_latency_ms,
-        "params": config.max_params,
-        "macs": config.max_macs,
-    }
+    given = {name: getattr(config, "max_" + name) for name in COSTS}
     found = {name: value for name, value in given.items() if value}
     if config.budget:
         share = config.budget * network_cost(network_layers(space, all_of("c", space, arch))).energy_mj
@@ -101,27 +106,22 @@ def fits(config, space, arch):
     allowed = limits(config, space, arch)
     if "energy_mj" in allowed and network_cost(network_layers(space, arch)).energy_mj > allowed["energy_mj"]:
         return False
-    costs = describe(space, arch) if set(allowed) - {"energy_mj"} else {}
+    costs = describe(space, arch, latency_table(config, space)) if set(allowed) - {"energy_mj"} else {}
     return all(costs[name] <= allowed[name] for name in allowed if name != "energy_mj")
 
 
-def cheapest(space, depths):
-    """For each cost the least that an arch of these depths needs: every op everywhere it is offered,
-    tried."""
-    found = [
-        describe(space, all_of(letter, space, "/".join("c" * depth for depth in depths))) for letter in "csa"
-    ]
-    return {
-        name: min(costs[name] for costs in found) for name in ("energy_mj", "latency_ms", "params", "macs")
-    }
+def cheapest(space, depths, table):
+    """For each cost the least that an arch of these depths needs: every op wherever it is offered, tried."""
+    conv = "/".join("c" * depth for depth in depths)
+    found = [describe(space, all_of(letter, space, conv), table) for letter in "csat"]
+    return {name: min(costs[name] for costs in found) for name in COSTS if name in found[0]}
 
 
 # -------------------------------------------------------------------------------------------- evolution
 
 
 def evolve(config, space, score, state, report):
-    """Evolutionary search. score(arch) -> fitness; returns state = {"scores": {arch: fitness}, "generation",
-    "rng"}.
+    """Evolutionary search; fitness is score(arch). Returns {"scores": {arch: fitness}, "generation", "rng"}.
 
     `state` is {} or what an interrupted search saved with report(state), which runs after every generation.
     A child that cannot be drawn new and inside the budget in TRIES draws is left out, so a small space or a
@@ -165,52 +165,50 @@ def evolve(config, space, score, state, report):
 
 def nothing_fits(config, space):
     """The sentence for a budget that no arch meets."""
-    least = [cheapest(space, depths) for depths in space.depths]
+    least = [cheapest(space, depths, latency_table(config, space)) for depths in space.depths]
     need = {name: min(costs[name] for costs in least) for name in least[0]}
-    full = [
-        network_cost(network_layers(space, "/".join("c" * d for d in depths))).energy_mj
-        for depths in space.depths
-    ]
+    convs = ["/".join("c" * depth for depth in depths) for depths in space.depths]
+    full = [network_cost(network_layers(space, conv)).energy_mj for conv in convs]
     share = min(costs["energy_mj"] / energy for costs, energy in zip(least, full))
     asked = ", ".join(
         f"--{name.replace('_', '-')} {getattr(config, name)}"
-        for name in ("budget", "max_energy_mj", "max_latency_ms", "max_params", "max_macs")
+        for name in ("budget", *("max_" + name for name in COSTS))
         if getattr(config, name)
     )
+    measured = f"{need['measured_ms']:.4g} ms measured, " if "measured_ms" in need else ""
     return (
         f"no arch of space {space.name} is inside {asked}; the cheapest networks need "
-        f"{need['energy_mj']:.4g} mJ "
-        f"({share:.2f} of all-conv), {need['latency_ms']:.4g} ms, "
-        f"{need['params']} params, {need['macs']} macs"
+        f"{need['energy_mj']:.4g} mJ ({share:.2f} of all-conv), {need['latency_ms']:.4g} ms, "
+        f"{measured}{need['params']} params, {need['macs']} macs"
     )
 
 
 # ------------------------------------------------------------------------------------------------ story
 
 
-def retrain(config, space, data, arch, name):
-    """Test accuracy of an arch trained from scratch with the one recipe of all rivals."""
+def retrain(config, space, data, arch):
+    """The network of an arch trained from scratch, with the one recipe of all rivals; kept in the folder."""
     path = os.path.join(config.out, f"retrain-{arch.replace('/', '-')}.pt")
-    network = train(config, space, data, build(space, arch, seed=config.seed), arch, path)
-    return {
-        "name": name,
-        "arch": arch,
-        "test_accuracy": accuracy(network, data, data.test, config.device),
-        **describe(space, arch),
-    }
+    return train(config, space, data, build(space, arch, seed=config.seed), arch, path)
+
+
+def choose(config, space, data, scores, count):
+    """(arch, fitness, validation accuracy) of the `count` fittest archs, retrained, the best one first."""
+    fittest = sorted(scores, key=lambda arch: (-scores[arch], arch))[:count]
+    found = []
+    for arch in fittest:
+        network = retrain(config, space, data, arch)
+        reached = accuracy(network, data, data.val, config.device)
+        found.append((arch, scores[arch], reached))
+        print(f"finalist {arch}: fitness {scores[arch]:.2f} %, validation accuracy retrained {reached:.2f} %")
+    return sorted(found, key=lambda row: (-row[2], -row[1], row[0]))
 
 
 def rivals(config, space, winner):
     """Name -> arch of the networks that are retrained beside the winner."""
     generator = torch.Generator().manual_seed(config.seed + 1)
-    drawn = next(
-        (
-            arch
-            for arch in (space.sample(generator) for _ in range(TRIES))
-            if arch != winner and fits(config, space, arch)
-        ),
-        winner,
-    )
+    draws = (space.sample(generator) for _ in range(TRIES))
+    drawn = next((arch for arch in draws if arch != winner and fits(config, space, arch)), winner)
     return {
         "all-conv": all_of("c", space, winner),
         "all-shift": all_of("s", space, winner),
@@ -295,7 +293,9 @@ def search(config, space, data, supernet, path):
 
 def main(argv=None):
     """The command line of search.py: supernet, search, retraining, table."""
-    config = parse(SearchConfig, __doc__, argv, hidden=("arch", "init", "resume"))
+    config = parse(SearchConfig, __doc__, argv, hidden=("arch", "init"))
+    if config.resume and not os.path.exists(os.path.join(config.out, "supernet.pt")):
+        raise ValueError(f"--resume: {config.out} holds no interrupted run")
     config.resume = True
     space = find_space(config.space)
     check_device(config.device)
@@ -317,15 +317,19 @@ def main(argv=None):
     supernet = train(training, space, data, Supernet(space, config.sharing, config.seed), "", supernet_path)
     lap("supernet")
     scores = search(config, space, data, supernet, os.path.join(config.out, "search-state.json"))
-    winner = min(scores, key=lambda arch: (-scores[arch], describe(space, arch)["energy_mj"], arch))
     lap("search")
-    rows = [
-        retrain(training, space, data, arch, name) for name, arch in rivals(config, space, winner).items()
-    ]
-    lap("retraining")
+    finalists = choose(training, space, data, scores, config.finalists)
+    winner = finalists[0][0]
+    lap("finalists")
+    rows, table = [], latency_table(config, space)
+    for name, arch in rivals(config, space, winner).items():
+        tested = accuracy(retrain(training, space, data, arch), data, data.test, config.device)
+        rows.append({"name": name, "arch": arch, "test_accuracy": tested, **describe(space, arch, table)})
+    lap("rivals")
     result = {
         "winner": winner,
         "budget": limits(config, space, winner),
+        "finalists": finalists,
         "table": rows,
         "scores": scores,
         "seed": config.seed,

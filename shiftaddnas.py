@@ -216,13 +216,10 @@ def compiler_command(build):
 
 
 def cpu_model():
-    """Model and instruction sets of the CPU: part of a library's name, for -march=native compiles for this
-    one."""
+    """Model and instruction sets of the CPU: part of a library's name, for -march=native is this one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(
-            sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-        )
+        return "\n".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Features"))}))
     except OSError:
         return platform.processor()
 
@@ -294,7 +291,7 @@ def kernel_build(device_type):
 
     SHIFTADDNAS_KERNELS names the path: off | cpu | cpu-avx2 | cpu-portable | emulate | gpu. Unset: the cpu
     build for CPU tensors and the gpu build for CUDA tensors where they can be compiled, else the torch
-    definition, which one line says. RuntimeError if the named path is impossible, ValueError if there is none.
+    definition, which one line says. RuntimeError if the path is impossible, ValueError if there is none.
     """
     forced = os.environ.get("SHIFTADDNAS_KERNELS", "")
     if forced and forced != "off" and forced not in BUILDS:
@@ -338,8 +335,7 @@ def call_kernel(build, name, shape, *tensors):
 
 
 def add_patches(x, w, stride, padding, groups):
-    """Yield (images, patches (n, G, C/G*KH*KW, L), filters (G, M/G, C/G*KH*KW)) for slices of the batch, 64
-    MB each."""
+    """Yield (images, patches (n, G, C/G*KH*KW, L), filters (G, M/G, C/G*KH*KW)) for 64 MB of images each."""
     s = conv_shape(x.shape, w.shape, stride, padding, groups)
     K, L = w[0].numel(), s.Ho * s.Wo
     step = max(1, 2**24 // max(1, groups * K * L))
@@ -359,8 +355,7 @@ def add_conv2d_definition(x, w, stride, padding, groups):
 
 
 def add_conv2d_grad_x_definition(g, x, w, stride, padding, groups):
-    """Gradient rule of add_conv2d for x in plain torch: sum of g * clip(w - x, -1, 1), folded back to the
-    image."""
+    """Gradient rule of add_conv2d for x in torch: sum of g * clip(w - x, -1, 1), folded to the image."""
     s = conv_shape(x.shape, w.shape, stride, padding, groups)
     grad = torch.zeros_like(x)
     if x.numel() and g.numel():
@@ -447,9 +442,8 @@ def add_conv2d(x, weight, stride=1, padding=0, groups=1):
     H' = (H + 2P - KH)//S + 1.
     Zero padding is not neutral: a padded tap costs |weight|.  Output is never positive.
     float32 runs in the kernels of kernels.cu (see kernel_build), float16 and bfloat16 are converted to
-    float32 and
-    back, float64 is always the torch definition.  Sums are float32; where x and weight nearly cancel (a
-    common offset) the kernel sums |x - w| itself, so the relative error stays below 1e-5 at an offset of 100.
+    float32 and back, float64 is always the torch definition.  Sums are float32; where x and weight nearly
+    cancel (a common offset) |x - w| itself is summed: an offset of 100 leaves a relative error below 1e-4.
     Gradient (not the true one):  dy/dweight = x - weight,  dy/dx = clip(weight - x, -1, 1)
     Raises ValueError if shapes, dtypes or devices do not fit; RuntimeError if a path that was asked for is
     impossible.
@@ -466,8 +460,7 @@ def add_conv2d(x, weight, stride=1, padding=0, groups=1):
 
 
 def add_linear(x, weight):
-    """y[..., m] = - sum_c |x[..., c] - weight[m, c]|: add_conv2d with a 1x1 kernel. x (..., C), weight (M,
-    C)."""
+    """y[..., m] = - sum_c |x[..., c] - weight[m, c]|, a 1x1 add_conv2d. x (..., C), weight (M, C)."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x (..., C) and weight (M, C) must share C: x {tuple(x.shape)}, weight {tuple(weight.shape)}"
@@ -506,9 +499,8 @@ def unpack_shift(packed, shape):
     """The float32 weight of this shape that pack_shift packed. ValueError if size or dtype do not fit."""
     n = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (1 + (5 * n + 7) // 8,):
-        raise ValueError(
-            f"{tuple(shape)} weights need {1 + (5 * n + 7) // 8} bytes, got {tuple(packed.shape)} {packed.dtype}"
-        )
+        need, got = 1 + (5 * n + 7) // 8, f"{tuple(packed.shape)} {packed.dtype}"
+        raise ValueError(f"{tuple(shape)} weights need {need} bytes of uint8, got {got}")
     bits = (packed[1:, None].int() >> torch.arange(8, device=packed.device)) & 1
     codes = (bits.flatten()[: 5 * n].view(n, 5) << torch.arange(5, device=packed.device)).sum(1)
     w = torch.ldexp(1.0 - 2.0 * (codes >> 4), -(codes & 15))
@@ -567,15 +559,14 @@ def shift_conv2d_int(x, packed, shape, stride=1, padding=0, groups=1):
 
 
 def add_conv2d_int(x, weight, stride=1, padding=0, groups=1):
-    """add_conv2d of int32 x and weight, exact, int64 result. Raises ValueError if shapes or dtypes do not
-    fit."""
+    """add_conv2d of int32, exact, int64 result. Raises ValueError if shapes or dtypes do not fit."""
     require_dtypes("add_conv2d_int", x, weight, torch.int32, torch.int32)
     return add_conv2d_exact("add_conv2d_int", x, weight, stride, padding, groups)
 
 
 def add_conv2d_u8(x, weight, stride=1, padding=0, groups=1):
-    """add_conv2d of bytes, exact, int32 result (up to 2^23 taps), by the CPU's own sum of absolute differences
-    of bytes where it has one. Raises ValueError if shapes or dtypes do not fit."""
+    """add_conv2d of bytes, exact, int32 result (up to 2^23 taps), by the CPU's own instruction for sums of
+    absolute differences of bytes where it has one. Raises ValueError if shapes or dtypes do not fit."""
     require_dtypes("add_conv2d_u8", x, weight, torch.uint8, torch.uint8)
     return add_conv2d_exact("add_conv2d_u8", x, weight, stride, padding, groups).int()
 
@@ -656,8 +647,7 @@ class SharedWeight(nn.Module):
         return self.w * slope[index]
 
     def owned(self, op):
-        """What op reads now, as a SharedWeight of its own: same output, nothing shared, nothing
-        transformed."""
+        """What op reads now, as a SharedWeight of its own: same output, nothing shared or transformed."""
         own = copy.deepcopy(self)
         if not self.pair:
             own.w, own.slope = nn.Parameter(self.weight_for(op).detach().clone()), nn.ParameterDict()
@@ -715,18 +705,8 @@ class HybridConv2d(nn.Module):
     """
 
     def __init__(
-        self,
-        op,
-        c_in,
-        c_out,
-        kernel,
-        stride=1,
-        padding=None,
-        groups=1,
-        bias=False,
-        weight=None,
-        shift_form="Q",
-        eta=None,
+        self, op, c_in, c_out, kernel, stride=1, padding=None, groups=1, bias=False, weight=None,
+        shift_form="Q", eta=None,
     ):
         super().__init__()
         self.op, self.stride, self.groups, self.eta = op, stride, groups, eta
@@ -760,8 +740,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Entrance(nn.Module):
-    """First half of a block: x -> (shortcut, act(BN(PEG(conv1 x)))), PEG a depthwise 3x3 that carries the
-    stride.
+    """First half of a block: x -> (shortcut, act(BN(PEG(conv1 x)))); PEG, depthwise 3x3, has the stride.
 
     The shortcut is the identity when width and map stay; else a projection by the block's own operator, 3x3
     for a stride of 2. The retraining form projects by average pool and 1x1, without activation.
@@ -771,9 +750,7 @@ class Entrance(nn.Module):
         super().__init__()
         p = c_out // 4
         layer = {"shift_form": shift_form}
-        biased = (
-            op == "conv" or op == "shift" and (shift_form == "PS" or space.retraining)
-        )  # as in the official code
+        biased = op == "conv" or op == "shift" and (shift_form == "PS" or space.retraining)  # official
         self.conv1 = HybridConv2d(op, c_in, p, 1, weight=weights.get("conv1" + suffix), **layer)
         self.peg = HybridConv2d(op, p, p, 3, stride, groups=p, bias=biased, **layer)
         self.bn = nn.BatchNorm2d(p)
@@ -932,8 +909,7 @@ class SearchSpace:
         return arch
 
     def mutate(self, arch, generator, op_probability=0.2, fresh_probability=0.2):
-        """Official rule: start from a fresh random arch with one probability, then redraw each op with the
-        other."""
+        """Official rule: with one probability start afresh, then redraw each op with the other."""
         if torch.rand((), generator=generator) < fresh_probability:
             arch = self.sample(generator)
         stages = arch.split("/")
@@ -962,8 +938,7 @@ class SearchSpace:
                 yield resolution, letter, "down" if i == 0 and resolution > 0 else "same"
 
     def entrances(self, position, resolution, all_cells=False):
-        """Entrances of the cell (position, resolution) that some arch uses, as Block takes them; {} if
-        none."""
+        """Entrances of the cell (position, resolution) that some arch uses, as Block takes them, or {}."""
         c_out = self.widths[resolution]
         c_in = c_out if position else self.block_input(resolution)
         starts = {sum(depths[:resolution]) for depths in self.depths}
@@ -1028,8 +1003,7 @@ def find_space(name):
 
 
 def make_stem(space):
-    """Convolution, BN, activation, optional 3x3 max pool of stride 2; the searched form adds the input
-    projection."""
+    """Conv, BN, activation, optional 3x3 max pool of stride 2; the searched form adds an input projection."""
     kernel, stride, width, pool = space.stem
     parts = [
         HybridConv2d("conv", space.in_channels, width, kernel, stride),
@@ -1262,7 +1236,7 @@ def median_ms(run, device, seconds=0.1):
 
 
 def extra_mb(run):
-    """Memory that run() takes beyond what it returns, MB, from the kernel's high-water mark; nan elsewhere."""
+    """Memory that run() takes beyond its result, MB, from Linux's high-water mark; nan elsewhere."""
 
     def status(key):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -1279,8 +1253,8 @@ def extra_mb(run):
 
 
 def layer_operators(layer, device):
-    """(name, path, function, inputs, elements, scale) of each operator on one layer. An element is one term of
-    the sum; scale > 1 says that the inputs are 1/scale of the batch."""
+    """(name, path, function, inputs, elements, scale) of each operator on one layer. An element is one term
+    of the sum; scale > 1 says that the inputs are 1/scale of the batch."""
     N, C, M, side, K, padding, groups = LAYERS[layer]
     g = torch.Generator().manual_seed(0)
     x = torch.randn(N, C, side, side, generator=g).to(device)
@@ -1290,7 +1264,9 @@ def layer_operators(layer, device):
     elements = N * M * side * side * w[0].numel()
 
     def conv(x, w):
-        return F.conv2d(x, w, None, 1, padding, 1, groups) if side > 1 else F.linear(x.flatten(1), w.flatten(1))
+        if side == 1:
+            return F.linear(x.flatten(1), w.flatten(1))
+        return F.conv2d(x, w, None, 1, padding, 1, groups)
 
     def add(x, w):
         return add_conv2d(x, w, 1, padding, groups)
@@ -1310,7 +1286,7 @@ def layer_operators(layer, device):
 
 
 def measure(path, function, inputs, scale, device):
-    """(forward ms, forward + backward ms, extra MB of a forward) of one operator, scaled to the whole batch."""
+    """(forward ms, forward + backward ms, extra MB of a forward), scaled to the whole batch."""
 
     def train():
         leaves = [t.detach().requires_grad_() for t in inputs]
@@ -1334,8 +1310,9 @@ def operator_table():
         name = torch.cuda.get_device_name() if device == "cuda" else (names or [platform.machine()])[0]
         threads = f"{torch.get_num_threads()} threads, " if device == "cpu" else ""
         print(f"{name}, {threads}torch {torch.__version__}; medians; G/s = 10^9 elements a second")
-        print(f"ceiling {ceiling:.1f} G/s: the float32 matrix product of 1024 x 1024 here (on a GPU add is 2 FADD: half)")
-        print(f"{'layer':18}{'operator':22}{'forward ms':>11}{'G/s':>8}{'ceiling':>9}{'fwd+bwd ms':>12}{'extra MB':>10}")
+        print(f"ceiling {ceiling:.1f} G/s: a float32 matrix product of 1024 x 1024 (GPU add, 2 FADD: half)")
+        titles = f"{'forward ms':>11}{'G/s':>8}{'ceiling':>9}{'fwd+bwd ms':>12}{'extra MB':>10}"
+        print(f"{'layer':18}{'operator':22}{titles}")
         ratios = collections.defaultdict(list)
         for layer in LAYERS:
             for operator, path, function, inputs, elements, scale in layer_operators(layer, device):
@@ -1343,12 +1320,11 @@ def operator_table():
                 conv = (ms, train_ms) if operator == "conv" else conv
                 ratios[operator].append((ms / conv[0], train_ms / conv[1]))
                 rate = elements / 1e6 / ms
-                print(
-                    f"{layer:18}{operator:22}{ms:11.2f}{rate:8.1f}{rate / ceiling:9.0%}{train_ms:12.2f}{extra:10.1f}"
-                )
+                figures = f"{ms:11.2f}{rate:8.1f}{rate / ceiling:9.0%}{train_ms:12.2f}{extra:10.1f}"
+                print(f"{layer:18}{operator:22}{figures}")
         for operator, pairs in ratios.items():
             forward, train = (statistics.geometric_mean(column) for column in zip(*pairs))
-            print(f"{operator:22} / conv, geometric mean: forward {forward:6.2f}   forward + backward {train:6.2f}")
+            print(f"{operator:22} / conv, geometric mean: forward {forward:6.2f}  fwd+bwd {train:6.2f}")
     if "cuda" not in devices:
         print("gpu: not measured (no GPU that torch can use)")
 

@@ -1,6 +1,7 @@
-"""Claims of the project, in the order of its files: operators, sharing, blocks, space, supernet, training, search,
-cost model. Every reference here is an independent definition: loops in float64, closed forms, recorded figures.
+"""Claims of the project, in the order of its files: operators, sharing, blocks, space, supernet, training,
+search, cost model. References are independent definitions: float64 loops, closed forms, recorded figures.
 """
+
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +28,28 @@ import search
 import shiftaddnas
 import train
 from cost_model import Layer, layer_cost, network_cost, network_layers, operations, transformer_layers
-from shiftaddnas import (LAPLACE_SCALE, OPS, SPACES, HybridConv2d, Sharing, SharedWeight, Supernet, add_conv2d,
-                         attention2d, build, find_space, fixed_point, kl_divergence, power_of_two, shift_conv2d,
-                         shift_weight)
+from shiftaddnas import (
+    LAPLACE_SCALE,
+    OPS,
+    SPACES,
+    HybridConv2d,
+    Sharing,
+    SharedWeight,
+    Supernet,
+    add_conv2d,
+    attention2d,
+    build,
+    find_space,
+    fixed_point,
+    kl_divergence,
+    power_of_two,
+    shift_conv2d,
+    shift_weight,
+)
 
 ROOT = Path(__file__).parent
 FASHION, HYTRA = SPACES["fashion"], SPACES["hytra"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that spin beside another process crawl
 TINY = replace(FASHION, name="tiny", ops=("c", "cs", "cst"), depths=((1, 1, 1), (1, 2, 1)))
 
 
@@ -52,7 +70,7 @@ def test_power_of_two_equals_the_definition_and_passes_the_gradient():
     expected = [0.0, 0.25, -0.25, 1.0, 1.0, -0.5, 2**-15, 2**-15, float("nan")]
     torch.testing.assert_close(y, torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
     y.backward(torch.arange(9.0))
-    assert w.grad.equal(torch.arange(9.0)) and w[4] == 5                            # straight through, not in place
+    assert w.grad.equal(torch.arange(9.0)) and w[4] == 5  # straight through, not in place
 
 
 @pytest.mark.parametrize("bits, lowest", [(2, -1), (3, -3), (5, -15)])
@@ -80,8 +98,9 @@ def test_fixed_point_floors_clips_and_passes_the_gradient():
     assert x.grad.tolist() == [1.0] * 4
 
 
-@pytest.mark.parametrize("call", [lambda: power_of_two(torch.ones(1), 1),
-                                  lambda: shift_weight(torch.ones(1), torch.ones(1), 0)])
+@pytest.mark.parametrize(
+    "call", [lambda: power_of_two(torch.ones(1), 1), lambda: shift_weight(torch.ones(1), torch.ones(1), 0)]
+)
 def test_too_few_weight_bits_are_refused(call):
     with pytest.raises(ValueError, match="weight_bits"):
         call()
@@ -97,7 +116,7 @@ def loop_conv(x, w, stride, padding, groups, term):
     y = x.new_zeros(n, m, (h - kh) // stride + 1, (wide - kw) // stride + 1)
     for b, o, i, j in itertools.product(*map(range, y.shape)):
         first = o // (m // groups) * cg
-        patch = x[b, first:first + cg, i * stride:i * stride + kh, j * stride:j * stride + kw]
+        patch = x[b, first : first + cg, i * stride : i * stride + kh, j * stride : j * stride + kw]
         y[b, o, i, j] = term(patch, w[o]).sum()
     return y
 
@@ -109,7 +128,12 @@ def loop_add_gradients(g, x, w, stride, padding, groups):
     m, cg, kh, kw = w.shape
     for b, o, i, j in itertools.product(*map(range, g.shape)):
         first = o // (m // groups) * cg
-        at = b, slice(first, first + cg), slice(i * stride, i * stride + kh), slice(j * stride, j * stride + kw)
+        at = (
+            b,
+            slice(first, first + cg),
+            slice(i * stride, i * stride + kh),
+            slice(j * stride, j * stride + kw),
+        )
         grad_x[at] += g[b, o, i, j] * (w[o] - padded[at]).clamp(-1, 1)
         grad_w[o] += g[b, o, i, j] * (padded[at] - w[o])
     inside = slice(padding, padding + x.shape[2]), slice(padding, padding + x.shape[3])
@@ -117,22 +141,34 @@ def loop_add_gradients(g, x, w, stride, padding, groups):
 
 
 GEOMETRIES = [  # n, c, h, w, m, k, stride, padding, groups
-    (2, 3, 5, 7, 4, 3, 1, 1, 1), (1, 4, 7, 5, 6, 3, 2, 1, 2), (2, 6, 6, 7, 6, 3, 2, 1, 6), (1, 2, 9, 8, 3, 3, 3, 0, 1),
-    (1, 6, 4, 4, 9, 1, 1, 0, 3), (1, 4, 8, 8, 8, 5, 3, 2, 4), (1, 3, 1, 1, 2, 1, 2, 0, 1), (2, 2, 7, 7, 2, 7, 2, 3, 1)]
+    (2, 3, 5, 7, 4, 3, 1, 1, 1),
+    (1, 4, 7, 5, 6, 3, 2, 1, 2),
+    (2, 6, 6, 7, 6, 3, 2, 1, 6),
+    (1, 2, 9, 8, 3, 3, 3, 0, 1),
+    (1, 6, 4, 4, 9, 1, 1, 0, 3),
+    (1, 4, 8, 8, 8, 5, 3, 2, 4),
+    (1, 3, 1, 1, 2, 1, 2, 0, 1),
+    (2, 2, 7, 7, 2, 7, 2, 3, 1),
+]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_add_conv2d_and_its_gradients_equal_loops(geometry, dtype, tolerance):
     n, c, h, wide, m, k, stride, padding, groups = geometry
-    x, w = torch.randn(n, c, h, wide, generator=rng(1)).double(), torch.randn(m, c // groups, k, k, generator=rng(2)).double()
+    x, w = (
+        torch.randn(n, c, h, wide, generator=rng(1)).double(),
+        torch.randn(m, c // groups, k, k, generator=rng(2)).double(),
+    )
     expected = loop_conv(x, w, stride, padding, groups, lambda patch, taps: -(patch - taps).abs())
     xs, ws = (t.to(dtype).requires_grad_() for t in (x, w))
     y = add_conv2d(xs, ws, stride, padding, groups)
     g = torch.randn(y.shape, generator=rng(3)).double()
     y.backward(g.to(dtype))
-    for found, wanted in zip((y, xs.grad, ws.grad), (expected, *loop_add_gradients(g, x, w, stride, padding, groups))):
-        assert (found.double() - wanted).norm() <= tolerance * wanted.norm()         # false for NaN
+    for found, wanted in zip(
+        (y, xs.grad, ws.grad), (expected, *loop_add_gradients(g, x, w, stride, padding, groups))
+    ):
+        assert (found.double() - wanted).norm() <= tolerance * wanted.norm()  # false for NaN
 
 
 @pytest.mark.parametrize("path", ["off", "cpu", "cpu-avx2", "cpu-portable"])
@@ -143,7 +179,10 @@ def test_every_kernel_path_equals_the_float64_definition(path, monkeypatch):
     except RuntimeError as error:
         pytest.skip(str(error))
     for n, c, h, wide, m, k, stride, padding, groups in GEOMETRIES:
-        x, w = torch.randn(n, c, h, wide, generator=rng(1)), torch.randn(m, c // groups, k, k, generator=rng(2))
+        x, w = (
+            torch.randn(n, c, h, wide, generator=rng(1)),
+            torch.randn(m, c // groups, k, k, generator=rng(2)),
+        )
         results = []
         for dtype in (torch.float32, torch.float64):
             xs, ws = (t.detach().clone().to(dtype).requires_grad_() for t in (x, w))
@@ -158,10 +197,16 @@ def test_kernel_paths_that_cannot_be_had_say_why(monkeypatch):
     monkeypatch.setenv("SHIFTADDNAS_KERNELS", "fast")
     with pytest.raises(ValueError, match="SHIFTADDNAS_KERNELS=fast: allowed are off, cpu"):
         shiftaddnas.kernel_build("cpu")
-    code = "import torch, shiftaddnas as s; print(s.add_conv2d(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)).item())"
+    call = "s.add_conv2d(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)).item()"
+    code = f"import torch, shiftaddnas as s; print({call})"
     for _ in range(2):
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-                             env={**os.environ, "SHIFTADDNAS_KERNELS": "", "CXX": "no-such-compiler"})
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "SHIFTADDNAS_KERNELS": "", "CXX": "no-such-compiler"},
+        )
         assert run.stdout == "-4.0\n" and run.stderr.count("\n") == 1 and "no-such-compiler" in run.stderr
 
 
@@ -188,7 +233,7 @@ def test_shift_conv2d_equals_a_loop_over_powers_of_two(geometry):
 def test_strided_add_gradient_reaches_every_input():
     x = torch.randn(1, 2, 8, 8, generator=rng(), requires_grad=True)
     add_conv2d(x, torch.randn(3, 2, 3, 3, generator=rng(1)), stride=2, padding=1).sum().backward()
-    assert (x.grad != 0).all()                     # the official rule leaves all but a corner at zero
+    assert (x.grad != 0).all()  # the official rule leaves all but a corner at zero
 
 
 def test_a_padded_tap_costs_the_absolute_weight():
@@ -212,17 +257,28 @@ def test_add_conv2d_takes_empty_batches_odd_layouts_and_a_common_offset():
     assert add_conv2d(torch.empty(0, 3, 6, 6), w).shape == (0, 5, 4, 4)
     x = torch.randn(2, 3, 6, 7, generator=rng(1))
     y = add_conv2d(x, w, padding=1)
-    torch.testing.assert_close(add_conv2d(x.to(memory_format=torch.channels_last), w, padding=1), y, rtol=0, atol=0)
-    torch.testing.assert_close(add_conv2d(x.transpose(2, 3).contiguous().transpose(2, 3), w, padding=1), y, rtol=0, atol=0)
+    torch.testing.assert_close(
+        add_conv2d(x.to(memory_format=torch.channels_last), w, padding=1), y, rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        add_conv2d(x.transpose(2, 3).contiguous().transpose(2, 3), w, padding=1), y, rtol=0, atol=0
+    )
     far = add_conv2d(x + 100, w + 100).double()
     near = add_conv2d((x + 100).double() - 100, (w + 100).double() - 100)
     assert (far - near).norm() < 1e-4 * near.norm()
 
 
-@pytest.mark.parametrize("shape, weight, settings", [
-    ((1, 3, 5, 5), (2, 4, 3, 3), {}), ((1, 4, 5, 5), (3, 2, 3, 3), {"groups": 2}), ((3, 5, 5), (2, 3, 3, 3), {}),
-    ((1, 3, 2, 2), (2, 3, 3, 3), {}), ((1, 3, 5, 5), (2, 3, 3, 3), {"stride": 0}),
-    ((1, 3, 5, 5), (2, 3, 3, 3), {"padding": -1})])
+@pytest.mark.parametrize(
+    "shape, weight, settings",
+    [
+        ((1, 3, 5, 5), (2, 4, 3, 3), {}),
+        ((1, 4, 5, 5), (3, 2, 3, 3), {"groups": 2}),
+        ((3, 5, 5), (2, 3, 3, 3), {}),
+        ((1, 3, 2, 2), (2, 3, 3, 3), {}),
+        ((1, 3, 5, 5), (2, 3, 3, 3), {"stride": 0}),
+        ((1, 3, 5, 5), (2, 3, 3, 3), {"padding": -1}),
+    ],
+)
 @pytest.mark.parametrize("operator", [add_conv2d, shift_conv2d])
 def test_operators_name_the_shapes_that_do_not_fit(operator, shape, weight, settings):
     with pytest.raises(ValueError, match=r"x \(.*weight \("):
@@ -231,14 +287,17 @@ def test_operators_name_the_shapes_that_do_not_fit(operator, shape, weight, sett
 
 def test_attention_weights_of_an_output_sum_to_one_and_equal_loops():
     n, c, dim = 2, 8, 4
-    x, w = torch.randn(n, c, 3, 5, generator=rng()).double(), torch.randn(3 * c, c, 1, 1, generator=rng(1)).double()
+    x, w = (
+        torch.randn(n, c, 3, 5, generator=rng()).double(),
+        torch.randn(3 * c, c, 1, 1, generator=rng(1)).double(),
+    )
     y, qkv = attention2d(x, w, dim), torch.einsum("oc,ncl->nol", w[:, :, 0, 0], x.flatten(2))
     for b, head in itertools.product(range(n), range(c // dim)):
-        q, k, v = (qkv[b, part * c + head * dim: part * c + (head + 1) * dim] for part in range(3))
+        q, k, v = (qkv[b, part * c + head * dim : part * c + (head + 1) * dim] for part in range(3))
         for i in range(15):
             weights = torch.softmax(torch.stack([(q[:, i] * k[:, j]).sum() / dim**0.5 for j in range(15)]), 0)
-            torch.testing.assert_close(y[b, head * dim:(head + 1) * dim].flatten(1)[:, i], v @ weights)
-    w[2 * c:] = torch.eye(c).view(c, c, 1, 1)                       # values = inputs, and these all equal 1
+            torch.testing.assert_close(y[b, head * dim : (head + 1) * dim].flatten(1)[:, i], v @ weights)
+    w[2 * c :] = torch.eye(c).view(c, c, 1, 1)  # values = inputs, and these all equal 1
     torch.testing.assert_close(attention2d(torch.ones_like(x), w, dim), torch.ones_like(x))
 
 
@@ -255,7 +314,7 @@ def test_transformed_weight_is_laplacian_at_the_start():
     a = weight.weight_for("add").detach().flatten().double().sort().values
     cdf = torch.where(a < 0, 0.5 * torch.exp(a / LAPLACE_SCALE), 1 - 0.5 * torch.exp(-a / LAPLACE_SCALE))
     grid = torch.arange(1, len(a) + 1) / len(a)
-    assert (cdf - grid).abs().max() < 0.02                                   # Kolmogorov-Smirnov distance
+    assert (cdf - grid).abs().max() < 0.02  # Kolmogorov-Smirnov distance
 
 
 def test_transform_is_monotone_at_the_start_and_keeps_the_largest_weight():
@@ -288,7 +347,7 @@ def test_divergence_is_zero_on_the_target_and_exact_between_gaussian_and_laplaci
     laplace = -uniform.sign() * torch.log1p(-2 * uniform.abs())
 
     def log_normal(a):
-        return -a**2 / 2 - math.log(math.sqrt(2 * math.pi))
+        return -(a**2) / 2 - math.log(math.sqrt(2 * math.pi))
 
     def log_laplace(a):
         return -a.abs() - math.log(2)
@@ -301,8 +360,8 @@ def test_divergence_is_zero_on_the_target_and_exact_between_gaussian_and_laplaci
 
 def test_divergence_pulls_a_sample_to_its_target():
     sample = (0.3 * torch.randn(2000, generator=rng())).requires_grad_()
-    kl_divergence(sample, lambda a: -a**2 / 2 - 0.9189).backward()
-    assert (sample.grad * sample).sum() < 0                                  # too narrow: descent widens it
+    kl_divergence(sample, lambda a: -(a**2) / 2 - 0.9189).backward()
+    assert (sample.grad * sample).sum() < 0  # too narrow: descent widens it
 
 
 def test_official_divergence_is_the_softmax_form():
@@ -345,7 +404,9 @@ def test_space_sizes_are_the_published_and_the_counted_ones():
     assert HYTRA.size() == 198_955_008 and len(HYTRA.depths) == 19
     listed = set()
     for depths in TINY.depths:
-        for stages in itertools.product(*(itertools.product(ops, repeat=n) for ops, n in zip(TINY.ops, depths))):
+        for stages in itertools.product(
+            *(itertools.product(ops, repeat=n) for ops, n in zip(TINY.ops, depths))
+        ):
             listed.add("/".join("".join(stage) for stage in stages))
     assert TINY.size() == len(listed) == 18
     assert {TINY.arch(i) for i in range(TINY.size())} == listed
@@ -364,16 +425,26 @@ def test_children_stay_in_the_space_and_come_from_their_parents(space):
     for _ in range(200):
         one, two = space.sample(generator), space.sample(generator)
         child = space.validate(space.crossover(one, two, generator))
-        assert [len(s) for s in child.split("/")] in ([len(s) for s in arch.split("/")] for arch in (one, two))
+        assert [len(s) for s in child.split("/")] in (
+            [len(s) for s in arch.split("/")] for arch in (one, two)
+        )
         for mine, a, b in zip(*(arch.split("/") for arch in (child, one, two))):
-            assert all(letter in (a[i:i + 1], b[i:i + 1]) for i, letter in enumerate(mine))
+            assert all(letter in (a[i : i + 1], b[i : i + 1]) for i, letter in enumerate(mine))
         space.validate(space.mutate(one, generator))
         assert space.mutate(one, generator, 0, 0) == one
 
 
-BAD_ARCHS = [("cc/cx/cc", "unknown op 'x'"), ("cc/cc", "3 resolutions"), ("ct/cc/cc", "not offered at resolution 1"),
-             ("c/cc/cc", "1-2-2 blocks"), ("", "3 resolutions"), ("cccccc", "3 resolutions"), (None, "3 resolutions"),
-             ("tt/cc/cc", "not offered"), ("cc/cc/cc/cc", "3 resolutions")]
+BAD_ARCHS = [
+    ("cc/cx/cc", "unknown op 'x'"),
+    ("cc/cc", "3 resolutions"),
+    ("ct/cc/cc", "not offered at resolution 1"),
+    ("c/cc/cc", "1-2-2 blocks"),
+    ("", "3 resolutions"),
+    ("cccccc", "3 resolutions"),
+    (None, "3 resolutions"),
+    ("tt/cc/cc", "not offered"),
+    ("cc/cc/cc/cc", "3 resolutions"),
+]
 
 
 @pytest.mark.parametrize("arch, message", BAD_ARCHS)
@@ -385,10 +456,16 @@ def test_a_bad_arch_is_named(arch, message):
 # -------------------------------------------------------------------------------------------- §6 supernet
 
 
-@pytest.mark.parametrize("sharing, published", [
-    (Sharing(shared="", transformed="", shift_form="PS"), 615_390_116),
-    (Sharing(shared="ca", shift_form="PS"), 489_823_652), ("naive", 238_427_044), ("heterogeneous", 238_465_444),
-    (Sharing(transformed="as"), 238_503_844)])
+@pytest.mark.parametrize(
+    "sharing, published",
+    [
+        (Sharing(shared="", transformed="", shift_form="PS"), 615_390_116),
+        (Sharing(shared="ca", shift_form="PS"), 489_823_652),
+        ("naive", 238_427_044),
+        ("heterogeneous", 238_465_444),
+        (Sharing(transformed="as"), 238_503_844),
+    ],
+)
 def test_all_cells_of_hytra_have_the_published_sizes(sharing, published):
     with torch.device("meta"):
         assert parameters(Supernet(HYTRA, sharing, all_cells=True)) == published
@@ -399,9 +476,14 @@ def test_only_reachable_cells_are_built():
         assert parameters(Supernet(HYTRA, Sharing("", "", "PS"))) == 136_776_868
 
 
-@pytest.mark.parametrize("arch, form, published", [
-    ("cc/cccc/sctaa/ttctt", "PS", 31_418_160), ("cc/cccc/sctaa/ttctt", "Q", 29_908_528),
-    ("cc/cscc/sctss/ttctt", "Q", 29_909_040)])
+@pytest.mark.parametrize(
+    "arch, form, published",
+    [
+        ("cc/cccc/sctaa/ttctt", "PS", 31_418_160),
+        ("cc/cccc/sctaa/ttctt", "Q", 29_908_528),
+        ("cc/cscc/sctss/ttctt", "Q", 29_909_040),
+    ],
+)
 def test_retraining_networks_have_the_published_sizes(arch, form, published):
     with torch.device("meta"):
         network = build(SPACES["bossnet_t0"], arch, form)
@@ -415,7 +497,7 @@ def test_an_extracted_subnet_equals_the_supernet(mode):
     x = torch.randn(3, 1, 28, 28, generator=generator)
     for _ in range(6):
         arch = FASHION.sample(generator)
-        supernet.train()(x, arch)                                            # moves the statistics
+        supernet.train()(x, arch)  # moves the statistics
         supernet.eval()
         network = supernet.extract(arch).eval()
         torch.testing.assert_close(network(x), supernet(x, arch), rtol=0, atol=0)
@@ -461,8 +543,13 @@ def tiny_data(tmp_path, monkeypatch):
 
 
 def command(program, *flags, **options):
-    return subprocess.run([sys.executable, ROOT / f"{program}.py", *map(str, flags)], capture_output=True, text=True,
-                          timeout=120, **options)
+    return subprocess.run(
+        [sys.executable, ROOT / f"{program}.py", *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **{"env": ONE_THREAD, **options},
+    )
 
 
 def losses(path):
@@ -534,7 +621,9 @@ def test_embedded_splits_are_disjoint_and_balanced():
 
 def write_idx(path, array):
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    path.write_bytes(train.gzip.compress(header + array.tobytes()) if path.suffix == ".gz" else header + array.tobytes())
+    path.write_bytes(
+        train.gzip.compress(header + array.tobytes()) if path.suffix == ".gz" else header + array.tobytes()
+    )
 
 
 @pytest.mark.parametrize("end", ["", ".gz"])
@@ -548,9 +637,13 @@ def test_idx_files_are_read(end, tmp_path):
     assert (x[:, 0] * 255).round().to(torch.uint8).equal(torch.from_numpy(images)) and y[13] == 3
 
 
-@pytest.mark.parametrize("name, files, key", [
-    ("cifar10", [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], b"labels"),
-    ("cifar100", ["train", "test"], b"fine_labels")])
+@pytest.mark.parametrize(
+    "name, files, key",
+    [
+        ("cifar10", [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], b"labels"),
+        ("cifar100", ["train", "test"], b"fine_labels"),
+    ],
+)
 def test_official_cifar_folders_are_read(name, files, key, tmp_path):
     rows = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
     for file in files:
@@ -590,10 +683,20 @@ def damage(folder, kind):
         (folder / "train").write_bytes(pickle.dumps({b"data": Malice()}, protocol=2))
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("label", "labels run from 5 to 14"), ("size", "27x28"), ("count", "120 train images but 119 labels"),
-    ("float", "float32"), ("truncated", "train_images|mmap|damaged"), ("missing", "test_labels"),
-    ("empty", "holds none of"), ("object", "object|allow_pickle"), ("malice", "damaged or refused")])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("label", "labels run from 5 to 14"),
+        ("size", "27x28"),
+        ("count", "120 train images but 119 labels"),
+        ("float", "float32"),
+        ("truncated", "train_images|mmap|damaged"),
+        ("missing", "test_labels"),
+        ("empty", "holds none of"),
+        ("object", "object|allow_pickle"),
+        ("malice", "damaged or refused"),
+    ],
+)
 def test_bad_data_ends_in_one_sentence(kind, message, tiny_data, tmp_path, capsys, monkeypatch):
     damage(tiny_data, kind)
     monkeypatch.chdir(tmp_path)
@@ -605,13 +708,22 @@ def test_bad_data_ends_in_one_sentence(kind, message, tiny_data, tmp_path, capsy
     assert not (tmp_path / "pwned").exists() and not (tmp_path / "o").exists()
 
 
-BAD_FLAGS = [("--space nowhere", "unknown space 'nowhere'"), ("--arch cc/cx/cc", "unknown op 'x'"),
-             ("--arch tt/cc/cc", "not offered"), ("--epochs 0", "--epochs must be at least 1"),
-             ("--batch -3", "--batch must be at least"), ("--lr 0", "--lr must be above 0"),
-             ("--lr nan", "--lr must be above 0"), ("--data /nowhere", "does not exist"),
-             ("--init x.pt", "--init needs --arch"), ("--arch cc/cc/cc --init x.pt", "x.pt does not exist"),
-             ("--sharing some", "--sharing 'some' is unknown"), ("--arch nothing.json", "nothing.json"),
-             ("--kl-weight -1", "--kl-weight must be at least 0"), ("--device nowhere", "nowhere")]
+BAD_FLAGS = [
+    ("--space nowhere", "unknown space 'nowhere'"),
+    ("--arch cc/cx/cc", "unknown op 'x'"),
+    ("--arch tt/cc/cc", "not offered"),
+    ("--epochs 0", "--epochs must be at least 1"),
+    ("--batch -3", "--batch must be at least"),
+    ("--lr 0", "--lr must be above 0"),
+    ("--lr nan", "--lr must be above 0"),
+    ("--data /nowhere", "does not exist"),
+    ("--init x.pt", "--init needs --arch"),
+    ("--arch cc/cc/cc --init x.pt", "x.pt does not exist"),
+    ("--sharing some", "--sharing 'some' is unknown"),
+    ("--arch nothing.json", "nothing.json"),
+    ("--kl-weight -1", "--kl-weight must be at least 0"),
+    ("--device nowhere", "nowhere"),
+]
 
 
 @pytest.mark.parametrize("flags, message", BAD_FLAGS)
@@ -661,7 +773,7 @@ def test_a_search_on_a_space_of_three_networks_ends_with_each_scored_once():
 def test_the_search_finds_the_best_and_scores_nothing_twice():
     state, calls, _ = evolve(FASHION, generations=30)
     assert len(calls) == len(set(calls))
-    assert max(state["scores"].values()) >= 50                       # t at five of six or more coarse positions
+    assert max(state["scores"].values()) >= 50  # t at five of six or more coarse positions
 
 
 def test_the_last_generation_counts():
@@ -682,15 +794,23 @@ def test_every_scored_arch_is_inside_every_limit():
     state, _, _ = evolve(FASHION, **flags)
     config = search.SearchConfig(**flags)
     for arch in state["scores"]:
-        own, full = search.describe(FASHION, arch), search.describe(FASHION, search.all_of("c", FASHION, arch))
+        own, full = (
+            search.describe(FASHION, arch),
+            search.describe(FASHION, search.all_of("c", FASHION, arch)),
+        )
         assert own["energy_mj"] <= 0.7 * full["energy_mj"]
         assert own["params"] <= 150_000 and own["macs"] <= 1_500_000 and search.fits(config, FASHION, arch)
     assert len(state["scores"]) > 10
 
 
-@pytest.mark.parametrize("flags", ["--budget 0.01", "--max-energy-mj 1e-6", "--max-params 10", "--max-macs 5",
-                                   "--max-latency-ms 1e-9"])
-def test_a_budget_that_nothing_meets_says_what_the_cheapest_needs(flags, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "flags",
+    ["--budget 0.01", "--max-energy-mj 1e-6", "--max-params 10", "--max-macs 5", "--max-latency-ms 1e-9"]
+    + ["--max-measured-ms 1e-9"],
+)
+def test_a_budget_that_nothing_meets_says_what_the_cheapest_needs(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(search, "measured_table", lambda space, path: {"any": "table"})
+    monkeypatch.setattr(search, "measured_latency_ms", lambda space, arch, table: 2.0 + arch.count("a"))
     with pytest.raises(SystemExit) as exit_:
         train.run_command(lambda: search.main(flags.split() + ["--out", str(tmp_path / "o")]))
     error = capsys.readouterr().err
@@ -698,13 +818,16 @@ def test_a_budget_that_nothing_meets_says_what_the_cheapest_needs(flags, tmp_pat
 
 
 def test_the_whole_story_twice_gives_the_same_result_and_survives_kills(tiny_data, tmp_path):
-    flags = ["--data", tiny_data, "--epochs", 1, "--batch", 20, "--first", 3, "--generations", 1, "--mutations", 1,
-             "--crossovers", 1, "--random", 1]
+    counts = "--first 3 --generations 1 --mutations 1 --crossovers 1 --random 1 --finalists 2"
+    flags = ["--data", tiny_data, "--epochs", 1, "--batch", 20, *counts.split()]
     run = command("search", *flags, "--out", tmp_path / "one")
     assert run.returncode == 0, run.stderr
-    for seconds in (4.0, 5.5):                                       # killed twice, somewhere, then left to end
-        process = subprocess.Popen([sys.executable, ROOT / "search.py", *map(str, flags), "--out", tmp_path / "two"],
-                                   stdout=subprocess.DEVNULL)
+    for seconds in (4.0, 5.5):  # killed twice, somewhere, then left to end
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "search.py", *map(str, flags), "--out", tmp_path / "two"],
+            stdout=subprocess.DEVNULL,
+            env=ONE_THREAD,
+        )
         time.sleep(seconds)
         process.kill()
         process.wait()
@@ -716,7 +839,31 @@ def test_the_whole_story_twice_gives_the_same_result_and_survives_kills(tiny_dat
     assert one["table"][4]["energy_mj"] <= one["budget"]["energy_mj"]
     winner = json.loads((tmp_path / "one" / "winner.json").read_text())
     assert train.read_arch(FASHION, str(tmp_path / "one" / "winner.json")) == winner["arch"] == one["winner"]
-    assert (tmp_path / "one" / "supernet.jsonl").read_text() == (tmp_path / "two" / "supernet.jsonl").read_text()
+    assert (tmp_path / "one" / "supernet.jsonl").read_text() == (
+        tmp_path / "two" / "supernet.jsonl"
+    ).read_text()
+
+
+def test_the_best_finalist_on_the_validation_images_wins(monkeypatch):
+    after = {"sss": 80.0, "ccc": 83.0, "aaa": 99.0}
+    monkeypatch.setattr(search, "retrain", lambda config, space, data, arch: arch)
+    monkeypatch.setattr(search, "accuracy", lambda network, data, split, device: after[network])
+    data, scores = types.SimpleNamespace(val=None), {"aaa": 60.0, "sss": 75.0, "ccc": 74.0}
+    found = search.choose(search.SearchConfig(), None, data, scores, 2)
+    assert found == [("ccc", 74.0, 83.0), ("sss", 75.0, 80.0)]
+
+
+def test_a_measured_limit_counts_as_any_other(monkeypatch, tmp_path):
+    monkeypatch.setattr(search, "measured_table", lambda space, path: {"any": "table"})
+    monkeypatch.setattr(search, "measured_latency_ms", lambda space, arch, table: 2.0 + arch.count("a"))
+    config = search.SearchConfig(budget=0.0, max_measured_ms=3.5, out=str(tmp_path / "measured"))
+    assert search.fits(config, FASHION, "ca/cc/cc") and not search.fits(config, FASHION, "aa/cc/cc")
+
+
+def test_resume_with_nothing_to_go_on_from_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.run_command(lambda: search.main(["--resume", "--out", str(tmp_path / "o")]))
+    assert "holds no interrupted run" in capsys.readouterr().err and not (tmp_path / "o").exists()
 
 
 def test_an_output_folder_that_cannot_be_made_is_one_sentence(tmp_path):
@@ -728,7 +875,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_sentence(tmp_path):
 # ------------------------------------------------------------------------------------------ cost_model.py
 V3, V4 = "cc/cccc/sctaa/ttctt", "cc/cscc/sctss/ttctt"
 
-# distinct layers: count op batch kernel stride in_h in_c out_h out_c groups energy_mj latency_ms (square maps)
+# distinct layers: count op batch kernel stride in_h in_c out_h out_c groups energy_mj latency_ms (square)
 T0_MIX_V3_224 = """
 1 conv 1 7 2 224 3 112 64 1 5.2231811072 3.211264
 3 conv 1 1 1 56 64 56 256 1 2.4731549696 1.605632
@@ -839,12 +986,19 @@ def golden(text):
     for line in text.split("\n")[1:-1]:
         count, op, *sizes, groups, energy_mj, latency_ms = line.split()
         n, k, stride, h, c, e, m = map(int, sizes)
-        rows.append((int(count), Layer(op, n, k, stride, h, h, c, e, e, m, int(groups)), float(energy_mj),
-                     float(latency_ms)))
+        rows.append(
+            (
+                int(count),
+                Layer(op, n, k, stride, h, h, c, e, e, m, int(groups)),
+                float(energy_mj),
+                float(latency_ms),
+            )
+        )
     return rows
 
 
 # ---- official accounting ----
+
 
 @pytest.mark.parametrize("text, pe_limit", [(T0_MIX_V3_224, 168), (T0_MIX_V4_256, 192)])
 def test_every_recorded_row_is_reproduced(text, pe_limit):
@@ -862,19 +1016,33 @@ def test_arch_string_gives_the_recorded_layers(text, arch, image):
 
 def test_layers_come_in_execution_order():
     layers = network_layers("bossnet_t0", V3, 224)
-    rows = ([(7, 3, 64)] + [(1, 64, 256), (1, 64, 64), (3, 64, 64), (3, 64, 64), (1, 64, 256), (1, 256, 16), (1, 16, 256)]
-            + [(1, 256, 64), (3, 64, 64), (3, 64, 64), (1, 64, 256), (1, 256, 16), (1, 16, 256)])
+    rows = (
+        [(7, 3, 64)]
+        + [(1, 64, 256), (1, 64, 64), (3, 64, 64), (3, 64, 64), (1, 64, 256), (1, 256, 16), (1, 16, 256)]
+        + [(1, 256, 64), (3, 64, 64), (3, 64, 64), (1, 64, 256), (1, 256, 16), (1, 16, 256)]
+    )
     assert [(layer.kernel, layer.in_c, layer.out_c) for layer in layers[:14]] == rows
-    assert "".join(layer.op[0] for layer in layers[39:73]) == "ssssscc" + "cccccc" + "cccmmc" + "aaaacc" * 2 + "ccc"
+    assert (
+        "".join(layer.op[0] for layer in layers[39:73])
+        == "ssssscc" + "cccccc" + "cccmmc" + "aaaacc" * 2 + "ccc"
+    )
     assert [layer.op for layer in layers[-2:]] == ["linear"] * 2
 
 
-@pytest.mark.parametrize("space, arch, image, pe_limit, energy_mj, latency_ms", [
-    ("bossnet_t0", V3, 224, 168, 242.264, 206.402), ("bossnet_t0", V3, 256, 168, 310.452, 255.599),
-    ("bossnet_t0", V3, 288, 168, 386.565, 257.373), ("bossnet_t0", V4, 224, 168, 219.809, 181.056),
-    ("bossnet_t1", V3, 224, 168, 440.619, 387.655), ("bossnet_t1", V3, 256, 168, 572.399, 464.790),
-    ("bossnet_t0", V4, 256, 192, 281.066, 219.161), ("bossnet_t1", V4, 224, 192, 413.234, 252.696),
-    ("bossnet_t1", V4, 256, 192, 543.013, 428.352)])
+@pytest.mark.parametrize(
+    "space, arch, image, pe_limit, energy_mj, latency_ms",
+    [
+        ("bossnet_t0", V3, 224, 168, 242.264, 206.402),
+        ("bossnet_t0", V3, 256, 168, 310.452, 255.599),
+        ("bossnet_t0", V3, 288, 168, 386.565, 257.373),
+        ("bossnet_t0", V4, 224, 168, 219.809, 181.056),
+        ("bossnet_t1", V3, 224, 168, 440.619, 387.655),
+        ("bossnet_t1", V3, 256, 168, 572.399, 464.790),
+        ("bossnet_t0", V4, 256, 192, 281.066, 219.161),
+        ("bossnet_t1", V4, 224, 192, 413.234, 252.696),
+        ("bossnet_t1", V4, 256, 192, 543.013, 428.352),
+    ],
+)
 def test_published_totals(space, arch, image, pe_limit, energy_mj, latency_ms):
     cost = network_cost(network_layers(space, arch, image), pe_limit=pe_limit)
     assert cost[:2] == pytest.approx((energy_mj, latency_ms), abs=5.1e-4)
@@ -883,7 +1051,12 @@ def test_published_totals(space, arch, image, pe_limit, energy_mj, latency_ms):
 def test_published_counts_energy_split_and_macs():
     layers = network_layers(find_space("bossnet_t0"), V3)
     assert Counter(layer.op for layer in layers) == dict(conv=78, add=8, shift=5, matmul=10, linear=2)
-    split = {"conv": (211.502, 2.903), "add": (20.760, 0.438), "shift": (6.692, 0.373), "matmul": (1.452, 0.030)}
+    split = {
+        "conv": (211.502, 2.903),
+        "add": (20.760, 0.438),
+        "shift": (6.692, 0.373),
+        "matmul": (1.452, 0.030),
+    }
     for op, (energy_mj, giga_macs) in split.items():
         own = [layer for layer in layers if layer.op == op]
         assert network_cost(own, pe_limit=168).energy_mj == pytest.approx(energy_mj, abs=5.1e-4)
@@ -896,9 +1069,14 @@ def test_the_array_limit_changes_the_published_latency():
     assert costs[0].latency_ms == pytest.approx(206.402, abs=5e-4) and costs[1].latency_ms < 180
 
 
-@pytest.mark.parametrize("shape, energy_mj, latency_ms", [
-    ((512, 2048, 8), 69.41455, 41.82336), ((1024, 4096, 16, 6, 512), 214.33576, 130.24512),
-    ((1024, 4096, 16, 6, 1024), 272.94733, 166.22208)])
+@pytest.mark.parametrize(
+    "shape, energy_mj, latency_ms",
+    [
+        ((512, 2048, 8), 69.41455, 41.82336),
+        ((1024, 4096, 16, 6, 512), 214.33576, 130.24512),
+        ((1024, 4096, 16, 6, 1024), 272.94733, 166.22208),
+    ],
+)
 def test_transformer_totals(shape, energy_mj, latency_ms):
     cost = network_cost(transformer_layers(*shape), pe_limit=168)
     assert cost[:2] == pytest.approx((energy_mj, latency_ms), abs=5.1e-6)
@@ -911,7 +1089,7 @@ def test_official_quirks_by_hand():
     assert layer_cost(one).energy_mj == pytest.approx((3.7 + sum(memory.values())) * 1e-9)
     add = layer_cost(one._replace(op="add"))
     assert add[2:7] == pytest.approx([v * 1e-9 for v in (0.9, 0, 0, 7.4, 29.6)]) and add.latency_ms == 4e-6
-    for bits, pj in ((32, 0.13), (8, 0.024)):                      # 10-bit words at either width
+    for bits, pj in ((32, 0.13), (8, 0.024)):  # 10-bit words at either width
         shift = layer_cost(one._replace(op="shift"), bits)
         assert shift.energy_mj == pytest.approx((pj + sum(memory.values()) * 10 / 32) * 1e-9)
         assert shift.latency_ms == pytest.approx(1.25e-6)
@@ -921,7 +1099,7 @@ def test_official_quirks_by_hand():
 
 # ---- uniform accounting: one test by hand a rule ----
 
-ONE = Layer("conv", 1, 1, 1, 1, 1, 1, 1, 1, 1)      # one word in, one weight, one word out
+ONE = Layer("conv", 1, 1, 1, 1, 1, 1, 1, 1, 1)  # one word in, one weight, one word out
 
 
 def uniform(layer, bits=32):
@@ -942,8 +1120,16 @@ def test_uniform_add_pays_every_memory_level():
     assert min(uniform(ONE._replace(op="add"))[3:7]) > 0
 
 
-@pytest.mark.parametrize("op, pj_32, pj_8", [("conv", 4.6, 0.23), ("linear", 4.6, 0.23), ("matmul", 4.6, 0.23),
-                                             ("shift", 1.03, 0.054), ("add", 1.8, 0.06)])
+@pytest.mark.parametrize(
+    "op, pj_32, pj_8",
+    [
+        ("conv", 4.6, 0.23),
+        ("linear", 4.6, 0.23),
+        ("matmul", 4.6, 0.23),
+        ("shift", 1.03, 0.054),
+        ("add", 1.8, 0.06),
+    ],
+)
 def test_uniform_compute_counts_the_accumulation(op, pj_32, pj_8):
     assert uniform(ONE._replace(op=op)).compute_mj == pytest.approx(pj_32 * 1e-9)
     assert uniform(ONE._replace(op=op), 8).compute_mj == pytest.approx(pj_8 * 1e-9)
@@ -957,7 +1143,7 @@ def test_uniform_honours_groups():
     dense = Layer("conv", 1, 3, 1, 8, 8, 1, 8, 8, 1)
     depthwise = dense._replace(in_c=32, out_c=32, groups=32)
     assert uniform(depthwise)[:7] == pytest.approx([32 * value for value in uniform(dense)[:7]])
-    # by hand: a group has 64 inputs, 9 weights, 64 outputs, each once to or from DRAM, at 400 pJ a 32-bit word
+    # by hand: a group has 64 inputs, 9 weights, 64 outputs, each once to or from DRAM, 400 pJ a 32-bit word
     assert uniform(depthwise).dram_mj == pytest.approx(32 * 400 * (64 + 9 + 64) * 1e-9)
     assert uniform(depthwise).compute_mj == pytest.approx(32 * 64 * 9 * 4.6 * 1e-9)
 
@@ -977,7 +1163,12 @@ def random_layer(rng):
     c, m = groups * rng.randint(1, 160 // groups), groups * rng.randint(1, 160 // groups)
     if op in ("linear", "matmul"):
         return Layer(op, rng.randint(1, 300), 1, 1, 1, 1, c, 1, 1, m)
-    kernel, stride, h, w = rng.choice([1, 3, 5, 7]), rng.choice([1, 2]), rng.randint(1, 60), rng.randint(1, 60)
+    kernel, stride, h, w = (
+        rng.choice([1, 3, 5, 7]),
+        rng.choice([1, 2]),
+        rng.randint(1, 60),
+        rng.randint(1, 60),
+    )
     return Layer(op, 1, kernel, stride, h, w, c, -(-h // stride), -(-w // stride), m, groups)
 
 
@@ -1013,8 +1204,10 @@ def test_uniform_shift_never_costs_more_than_conv(bits):
 
 # ---- the tiling search itself ----
 
+
 def brute_force(layer, pe_limit):
-    """Official choice by plain loops: least normalised energy + latency over every valid tiling (conv, 32 bits)."""
+    """Official choice by plain loops: least normalised energy + latency of all tilings; conv, 32 bits."""
+
     def tuples(n, parts):
         if parts == 1:
             return [(n,)]
@@ -1026,22 +1219,40 @@ def brute_force(layer, pe_limit):
         for m0, m1, m2, m3 in tuples(m, 4):
             for c0, c1, c2 in tuples(c, 3):
                 for e1, e3 in tuples(e, 2):
-                    words = n0 * c1 * c0 * ((e1 - 1) * st + r) * ((f - 1) * st + r) + n0 * m2 * m1 * m0 * e1 * f
-                    if (m0 > 16 or e1 == 1 or m1 * c1 * e1 * r >= pe_limit or c0 * r >= 12 or m0 * c0 * r >= 960
-                            or words >= 65536):
+                    words = (
+                        n0 * c1 * c0 * ((e1 - 1) * st + r) * ((f - 1) * st + r) + n0 * m2 * m1 * m0 * e1 * f
+                    )
+                    if (
+                        m0 > 16
+                        or e1 == 1
+                        or m1 * c1 * e1 * r >= pe_limit
+                        or c0 * r >= 12
+                        or m0 * c0 * r >= 960
+                        or words >= 65536
+                    ):
                         continue
                     i, wt, o = n * h * w * c, r * r * c * m, n * e * f * m
                     noc_in = i * m3 * m2 * m1 * r * e / h
-                    pj = (3.7 * o * r * r * c + 400 * (i * m3 + wt * n3 * e3 + o)
-                          + 44.4 * (i * m3 * m2 + o * max(2 * (c2 - 1), 1)) + 14.8 * (noc_in + wt * n3 * e3 * e1)
-                          + 7.4 * o * max(c2 * (c1 * r - 1), 1) + 7.4 * noc_in * m0 * r * f / w
-                          + 14.8 * wt * n3 * e3 * e1 * f * n0 + 7.4 * o * max(2 * c2 * c1 * r * (c0 * r - 1), 1))
+                    pj = (
+                        3.7 * o * r * r * c
+                        + 400 * (i * m3 + wt * n3 * e3 + o)
+                        + 44.4 * (i * m3 * m2 + o * max(2 * (c2 - 1), 1))
+                        + 14.8 * (noc_in + wt * n3 * e3 * e1)
+                        + 7.4 * o * max(c2 * (c1 * r - 1), 1)
+                        + 7.4 * noc_in * m0 * r * f / w
+                        + 14.8 * wt * n3 * e3 * e1 * f * n0
+                        + 7.4 * o * max(2 * c2 * c1 * r * (c0 * r - 1), 1)
+                    )
                     found.append((pj * 1e-9, n3 * n0 * m3 * m2 * m0 * c2 * c0 * e3 * f * r * 4e-6))
     energies, latencies = zip(*found)
-    return min(found, key=lambda x: (x[0] - min(energies)) / max(energies) + (x[1] - min(latencies)) / max(latencies))
+    return min(
+        found, key=lambda x: (x[0] - min(energies)) / max(energies) + (x[1] - min(latencies)) / max(latencies)
+    )
 
 
-@pytest.mark.parametrize("layer", [Layer("conv", 2, 3, 2, 9, 11, 6, 5, 6, 12), Layer("conv", 1, 5, 1, 8, 8, 4, 8, 8, 6)])
+@pytest.mark.parametrize(
+    "layer", [Layer("conv", 2, 3, 2, 9, 11, 6, 5, 6, 12), Layer("conv", 1, 5, 1, 8, 8, 4, 8, 8, 6)]
+)
 def test_official_choice_equals_plain_loops(layer):
     assert layer_cost(layer, pe_limit=168)[:2] == pytest.approx(brute_force(layer, 168), rel=1e-12)
 
@@ -1055,41 +1266,69 @@ def test_eight_bits_double_the_memories_and_quadruple_the_array():
 
 # ---- errors ----
 
-@pytest.mark.parametrize("change, message", [
-    ({"op": "pool"}, "unknown op 'pool': allowed are conv"), ({"batch": 0}, "batch is 0"), ({"in_h": -3}, "in_h is -3"),
-    ({"in_c": 6.0}, "in_c is 6.0"), ({"kernel": True}, "kernel is True"), ({"groups": 4}, "groups 4 must divide in_c 6"),
-    ({"out_c": "8"}, "out_c is '8'")])
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"op": "pool"}, "unknown op 'pool': allowed are conv"),
+        ({"batch": 0}, "batch is 0"),
+        ({"in_h": -3}, "in_h is -3"),
+        ({"in_c": 6.0}, "in_c is 6.0"),
+        ({"kernel": True}, "kernel is True"),
+        ({"groups": 4}, "groups 4 must divide in_c 6"),
+        ({"out_c": "8"}, "out_c is '8'"),
+    ],
+)
 def test_bad_layer_is_named(change, message):
     layer = Layer("conv", 1, 3, 1, 8, 8, 6, 8, 8, 8)
-    layer_cost(layer)                                              # a cached valid twin must not hide 6.0
+    layer_cost(layer)  # a cached valid twin must not hide 6.0
     with pytest.raises(ValueError, match=message):
         layer_cost(layer._replace(**change))
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"accounting": "fair"}, "unknown accounting 'fair': allowed are official, uniform"), ({"bits": 16}, "bits is 16"),
-    ({"bits": 32.0}, "bits is 32.0"), ({"pe_limit": 0}, "pe_limit is 0"), ({"pe_limit": 1.5}, "pe_limit is 1.5")])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"accounting": "fair"}, "unknown accounting 'fair': allowed are official, uniform"),
+        ({"bits": 16}, "bits is 16"),
+        ({"bits": 32.0}, "bits is 32.0"),
+        ({"pe_limit": 0}, "pe_limit is 0"),
+        ({"pe_limit": 1.5}, "pe_limit is 1.5"),
+    ],
+)
 def test_bad_setting_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         layer_cost(ONE, **settings)
 
 
-@pytest.mark.parametrize("accounting, layer, limit", [
-    ("official", Layer("conv", 1, 13, 1, 20, 20, 4, 20, 20, 4), r"C0\*S < 12"),
-    ("uniform", Layer("conv", 1, 13, 1, 20, 20, 4, 20, 20, 4), r"C0\*S < 12"),
-    ("official", Layer("conv", 1, 7, 1, 37, 37, 3, 37, 37, 8), r"M1\*C1\*E1\*R < 192"),
-    ("official", Layer("conv", 1, 3, 2, 2, 2, 8, 1, 1, 8), "E1 > 1"),
-    ("official", Layer("conv", 1, 1, 1, 4, 40000, 1, 4, 40000, 1), "65536 words"),
-    ("uniform", Layer("conv", 1, 1, 1, 4, 40000, 1, 4, 40000, 1), "65536 words")])
+@pytest.mark.parametrize(
+    "accounting, layer, limit",
+    [
+        ("official", Layer("conv", 1, 13, 1, 20, 20, 4, 20, 20, 4), r"C0\*S < 12"),
+        ("uniform", Layer("conv", 1, 13, 1, 20, 20, 4, 20, 20, 4), r"C0\*S < 12"),
+        ("official", Layer("conv", 1, 7, 1, 37, 37, 3, 37, 37, 8), r"M1\*C1\*E1\*R < 192"),
+        ("official", Layer("conv", 1, 3, 2, 2, 2, 8, 1, 1, 8), "E1 > 1"),
+        ("official", Layer("conv", 1, 1, 1, 4, 40000, 1, 4, 40000, 1), "65536 words"),
+        ("uniform", Layer("conv", 1, 1, 1, 4, 40000, 1, 4, 40000, 1), "65536 words"),
+    ],
+)
 def test_layer_that_no_tiling_fits_names_the_limit(accounting, layer, limit):
     with pytest.raises(ValueError, match=limit):
         layer_cost(layer, accounting=accounting)
 
 
-@pytest.mark.parametrize("space, arch, image, message", [
-    ("fashion", V3, None, "cc/cccc"), ("nowhere", V3, None, "nowhere"), ("fashion", "cc/cc/xx", None, "x"),
-    ("fashion", "cc/cc/cc", 0, "image is 0"), ("fashion", "cc/cc/cc", 28.0, "image is 28.0"),
-    ("fashion", "cc/cc/cc", (28, 28, 1), "image is"), ("fashion", None, None, "None")])
+@pytest.mark.parametrize(
+    "space, arch, image, message",
+    [
+        ("fashion", V3, None, "cc/cccc"),
+        ("nowhere", V3, None, "nowhere"),
+        ("fashion", "cc/cc/xx", None, "x"),
+        ("fashion", "cc/cc/cc", 0, "image is 0"),
+        ("fashion", "cc/cc/cc", 28.0, "image is 28.0"),
+        ("fashion", "cc/cc/cc", (28, 28, 1), "image is"),
+        ("fashion", None, None, "None"),
+    ],
+)
 def test_bad_network_is_named(space, arch, image, message):
     with pytest.raises(ValueError, match=message):
         network_layers(space, arch, image)
@@ -1097,9 +1336,11 @@ def test_bad_network_is_named(space, arch, image, message):
 
 # ---- layers against the real networks ----
 
+
 def conv_macs_of(space, arch, size):
     """MACs of every convolution, shift, add and linear call of the built network, seen by forward hooks."""
     from shiftaddnas import Attention2d, HybridConv2d
+
     counts = Counter()
 
     def count(module, inputs, output):
@@ -1123,9 +1364,16 @@ def conv_macs_of(space, arch, size):
     return counts["macs"]
 
 
-@pytest.mark.parametrize("name, arch, size", [
-    ("fashion", "cc/st/tc", (28, 28)), ("fashion", "ss/ccst/tc", (33, 21)), ("bossnet_t0", "cc/cscc/sctss/ttctt", (97, 64)),
-    ("bossnet_t1", "cs/cscc/sctss/ttctt", (64, 64)), ("hytra", "cscs/cscs/cstc/ttct", (224, 224))])
+@pytest.mark.parametrize(
+    "name, arch, size",
+    [
+        ("fashion", "cc/st/tc", (28, 28)),
+        ("fashion", "ss/ccst/tc", (33, 21)),
+        ("bossnet_t0", "cc/cscc/sctss/ttctt", (97, 64)),
+        ("bossnet_t1", "cs/cscc/sctss/ttctt", (64, 64)),
+        ("hytra", "cscs/cscs/cstc/ttct", (224, 224)),
+    ],
+)
 def test_layers_equal_the_built_network(name, arch, size):
     space = find_space(name)
     layers = [layer for layer in network_layers(space, arch, size) if layer.op != "matmul"]
@@ -1135,22 +1383,31 @@ def test_layers_equal_the_built_network(name, arch, size):
 def test_operations_count_primitives():
     conv, shift, add = (Layer(op, 1, 3, 1, 4, 4, 6, 4, 4, 8, 2) for op in ("conv", "shift", "add"))
     macs = 16 * 8 * 9 * 3
-    assert operations([conv, shift, add]) == {"mults": macs, "shifts": macs, "adds": 4 * macs, "macs": 3 * macs}
+    assert operations([conv, shift, add]) == {
+        "mults": macs,
+        "shifts": macs,
+        "adds": 4 * macs,
+        "macs": 3 * macs,
+    }
 
 
 # ---- measured latency and the command line ----
 
+
 def test_measured_table_is_cached_and_predicts(tmp_path, monkeypatch):
     space, path, calls = find_space("fashion"), tmp_path / "latency.json", []
     timed = cost_model._timed_ms
-    monkeypatch.setattr(cost_model, "_timed_ms", lambda jobs, image: calls.append(len(jobs)) or timed(jobs, image, 3))
+    monkeypatch.setattr(
+        cost_model, "_timed_ms", lambda jobs, image: calls.append(len(jobs)) or timed(jobs, image, 3)
+    )
     table = cost_model.measured_table(space, path)
     assert cost_model.measured_table(space, path) == table and calls == [4 + 20]
     assert len(table["check"]) == 20 and list(tmp_path.iterdir()) == [path]
     parts = table["latency_ms"]
     assert len(parts) == 2 + 2 * (3 + 4 + 4) and min(parts.values()) > 0
     assert cost_model.measured_latency_ms(space, "cs/at/tc", table) == pytest.approx(
-        sum(parts[key] for key in ("stem", "1c^", "1s+", "2a^", "2t+", "3t^", "3c+", "head")))
+        sum(parts[key] for key in ("stem", "1c^", "1s+", "2a^", "2t+", "3t^", "3c+", "head"))
+    )
     with pytest.raises(ValueError, match="fashion"):
         cost_model.measured_latency_ms(find_space("hytra"), "c/c/ccccc/ccccccccc", table)
     table["machine"]["torch"] = "0.1"
@@ -1165,9 +1422,15 @@ def run(capsys, *argv):
 
 
 def test_json_of_the_published_network(capsys):
-    code, out, _ = run(capsys, "--space", "bossnet_t0", "--arch", V3, "--image", "224", "--pe-limit", "168", "--json")
+    code, out, _ = run(
+        capsys, "--space", "bossnet_t0", "--arch", V3, "--image", "224", "--pe-limit", "168", "--json"
+    )
     result = json.loads(out)
-    assert code == 0 and result["energy_mj"] == pytest.approx(242.264, abs=5e-4) and result["params"] == 29_908_528
+    assert (
+        code == 0
+        and result["energy_mj"] == pytest.approx(242.264, abs=5e-4)
+        and result["params"] == 29_908_528
+    )
     assert result["latency_ms"] == pytest.approx(206.402, abs=5e-4) and result["layers"]["conv"] == 78
     assert (result["accounting"], result["bits"], result["pe_limit"]) == ("official", 32, 168)
     assert result["macs"] / 1e9 == pytest.approx(3.747, abs=5e-4)
@@ -1181,7 +1444,9 @@ def test_table_csv_compare_and_plot(capsys, tmp_path):
     rows = [line.split(",") for line in out.split()]
     energies = [float(row[rows[0].index("energy_mj")]) for row in rows[1:]]
     layers = network_layers("fashion", "cc/sa/tt")
-    assert len(energies) == len(layers) and sum(energies) == pytest.approx(network_cost(layers, 8, "uniform")[0])
+    assert len(energies) == len(layers) and sum(energies) == pytest.approx(
+        network_cost(layers, 8, "uniform")[0]
+    )
     pytest.importorskip("matplotlib")
     assert run(capsys, "--arch", "cc/sa/tt", "--plot", str(tmp_path / "bars.png"))[0] == 0
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
@@ -1199,11 +1464,23 @@ def test_arch_from_a_json_file(capsys, tmp_path):
     assert run(capsys, "--arch", str(path)) == run(capsys, "--arch", "cc/sa/tt")
 
 
-@pytest.mark.parametrize("argv", [
-    ["--arch", "cc/xx/tt"], ["--arch", "nowhere.json"], ["--arch", "cc/sa/tt", "--image", "0"], ["--bogus"], [],
-    ["--arch", "cc/sa/tt", "--image", "axb"], ["--arch", "cc/sa/tt", "--bits", "16"], ["--arch", "cc/sa/tt", "--acc", "x"],
-    ["--space", "nowhere", "--arch", "cc"], ["--arch", "cc/sa/tt", "--pe-limit", "1"],
-    ["--arch", "cc/sa/tt", "--image", "20x30", "--measure", "x.json"], ["--table", "/nowhere/energy.md"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--arch", "cc/xx/tt"],
+        ["--arch", "nowhere.json"],
+        ["--arch", "cc/sa/tt", "--image", "0"],
+        ["--bogus"],
+        [],
+        ["--arch", "cc/sa/tt", "--image", "axb"],
+        ["--arch", "cc/sa/tt", "--bits", "16"],
+        ["--arch", "cc/sa/tt", "--acc", "x"],
+        ["--space", "nowhere", "--arch", "cc"],
+        ["--arch", "cc/sa/tt", "--pe-limit", "1"],
+        ["--arch", "cc/sa/tt", "--image", "20x30", "--measure", "x.json"],
+        ["--table", "/nowhere/energy.md"],
+    ],
+)
 def test_bad_command_line_is_one_sentence_and_exit_2(capsys, argv):
     code, out, err = run(capsys, *argv)
     assert code == 2 and not out and err.startswith("cost_model.py: ") and err.count("\n") == 1
@@ -1211,19 +1488,33 @@ def test_bad_command_line_is_one_sentence_and_exit_2(capsys, argv):
 
 def test_energy_table_holds_every_published_network():
     table = cost_model.energy_table()
-    for number in ("242.264", "310.452", "386.565", "219.809", "281.066", "440.619", "572.399", "413.234", "543.013",
-                   "69.41455", "214.33576", "272.94733"):
+    for number in (
+        "242.264",
+        "310.452",
+        "386.565",
+        "219.809",
+        "281.066",
+        "440.619",
+        "572.399",
+        "413.234",
+        "543.013",
+        "69.41455",
+        "214.33576",
+        "272.94733",
+    ):
         assert number in table
     assert "What remains of the saving" in table
 
 
 def test_script_runs_and_import_does_nothing():
     folder = Path(cost_model.__file__).parent
-    silent = subprocess.run([sys.executable, "-c", "import cost_model"], cwd=folder, capture_output=True, check=True)
+    silent = subprocess.run(
+        [sys.executable, "-c", "import cost_model"], cwd=folder, capture_output=True, check=True
+    )
     assert silent.stdout == silent.stderr == b""
 
 
 def test_the_model_is_fast_enough_to_search_with():
     lines = cost_model.benchmark(32, "official", 168, archs=200)
     cold_s, many_s = (float(line.split()[-2]) for line in lines)
-    assert cold_s < 1.0 and many_s < 2.0                # ten times the measured values; a bound, not a measurement
+    assert cold_s < 1.0 and many_s < 2.0  # ten times the measured values; a bound, not a measurement

@@ -38,8 +38,7 @@ from shiftaddnas import SHARING, Supernet, build, find_space
 
 
 def flag(default, text, **limits):
-    """A dataclass field that becomes a command-line flag; limits: low (inclusive), above (exclusive),
-    choices."""
+    """A dataclass field that becomes a flag; limits: low (inclusive), above (exclusive), choices."""
     return field(default=default, metadata={"help": text, **limits})
 
 
@@ -48,9 +47,7 @@ class Config:
     """Flags of train.py; also stored in each checkpoint."""
 
     space: str = flag("fashion", "search space")
-    arch: str = flag(
-        "", "train this network instead of the supernet: an arch string or a .json file with one"
-    )
+    arch: str = flag("", "train this network, not the supernet: an arch string or a .json file with one")
     sharing: str = flag("heterogeneous", "weights of conv, shift and add", choices=tuple(SHARING))
     kl_weight: float = flag(0.01, "weight of the divergences of shared weights", low=0)
     kl: str = flag("density", "their form", choices=("density", "official"))
@@ -135,8 +132,7 @@ def read_arch(space, text):
 
 
 class Split(NamedTuple):
-    """images[index], labels[index] are the split; images uint8 (N, H, W) or (N, H, W, C), maybe
-    memory-mapped."""
+    """images[index], labels[index]; images uint8 (N, H, W) or (N, H, W, C), maybe memory-mapped."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -186,13 +182,8 @@ def load_data(path, space):
     if min(len(train.index), len(val.index), len(test.index)) < 2:
         raise ValueError(f"{folder}: needs at least 12 training and 2 test images")
     sample, _ = train.batch(np.arange(min(5000, len(order))))
-    return Data(
-        train,
-        val,
-        test,
-        sample.mean((0, 2, 3)).view(-1, 1, 1),
-        sample.std((0, 2, 3)).view(-1, 1, 1).clamp_min(1e-3),
-    )
+    mean, std = sample.mean((0, 2, 3)).view(-1, 1, 1), sample.std((0, 2, 3)).view(-1, 1, 1)
+    return Data(train, val, test, mean, std.clamp_min(1e-3))
 
 
 def check_images(folder, name, images, labels, space):
@@ -230,10 +221,8 @@ def read_arrays(folder, embedded):
         ([f"data_batch_{i}" for i in range(1, 6)], "test_batch", b"labels"),
     ):
         if (folder / batches[0]).exists():
-            train, test = (
-                [read_cifar(folder / name, key) for name in batches],
-                read_cifar(folder / tests, key),
-            )
+            train = [read_cifar(folder / name, key) for name in batches]
+            test = read_cifar(folder / tests, key)
             return {
                 "train_images": np.concatenate([images for images, _ in train]),
                 "train_labels": np.concatenate([labels for _, labels in train]),
@@ -296,13 +285,9 @@ def augment(x, generator):
     top, left = torch.randint(2 * pad + 1, (2, n), generator=generator)
     rows = (top[:, None] + torch.arange(h))[:, None, :, None]
     columns = left[:, None] + torch.arange(w)
-    columns = torch.where((torch.rand(n, 1, generator=generator) < 0.5), columns.flip(1), columns)
-    return padded[
-        torch.arange(n)[:, None, None, None],
-        torch.arange(c)[None, :, None, None],
-        rows,
-        columns[:, None, None, :],
-    ]
+    columns = torch.where(torch.rand(n, 1, generator=generator) < 0.5, columns.flip(1), columns)
+    image, channel = torch.arange(n)[:, None, None, None], torch.arange(c)[:, None, None]
+    return padded[image, channel, rows, columns[:, None, None, :]]
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -323,8 +308,7 @@ def write_text(text, path):
 
 
 def load_checkpoint(path, **expected):
-    """A checkpoint dict (tensors and plain values only). ValueError if damaged, or if a key differs from
-    `expected`."""
+    """A checkpoint dict (tensors and plain values only). ValueError if damaged, or not as `expected`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = {key: state[key] for key in ("model", "space", "arch", "config", "step")}
@@ -349,19 +333,15 @@ def load_supernet(path, space):
 # ---------------------------------------------------------------------------------------- training
 
 
-SAVE_SECONDS = 10
+SAVE_SHARE = 0.02  # of the time may go into checkpoints
 
 
 @contextmanager
 def interruptible():
-    """Ctrl-C and SIGTERM only fill the list that is yielded, so that the step at hand can end and be
-    saved."""
-    stop = []
+    """Ctrl-C and SIGTERM only fill the yielded list, so that the step at hand can end and be saved."""
+    stop, signals = [], (signal.SIGINT, signal.SIGTERM)
     try:
-        old = {
-            s: signal.signal(s, lambda number, _: stop.append(number))
-            for s in (signal.SIGINT, signal.SIGTERM)
-        }
+        old = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in signals}
     except ValueError:  # not in the main thread: signals are somebody else's
         old = {}
     try:
@@ -393,8 +373,10 @@ def learning_rate(config, step, per_epoch):
 def train(config, space, data, model, arch, path):
     """Trains `model` (a Supernet if arch is "", else the Network of arch), checkpoint at `path`; returns it.
 
-    Goes on from `path` if config.resume. Ctrl-C and SIGTERM save after the step at hand; a kill loses at most
-    the last SAVE_SECONDS. Raises ValueError, naming the arch, at the first loss that is not finite.
+    Goes on from `path` if config.resume. Ctrl-C and SIGTERM save after the step at hand. A kill loses the
+    steps since the last checkpoint, which the resumed run repeats exactly; a checkpoint is due as soon as
+    writing it costs less than SAVE_SHARE of the time (`fashion` supernet: every two seconds or so).
+    Raises ValueError, naming the arch, at the first loss that is not finite.
     """
     model.to(config.device).train()
     optimizer, generator = make_optimizer(model, config), torch.Generator().manual_seed(config.seed)
@@ -404,7 +386,7 @@ def train(config, space, data, model, arch, path):
         step, order = restore(path, config, space, arch, model, optimizer, generator)
     log = open_log(Path(path).with_suffix(".jsonl"), step)
     first, started = step, time.monotonic()
-    saved = started
+    save_after = started
     with log, interruptible() as stop:
         while step < steps:
             if step % per_epoch == 0:
@@ -428,17 +410,17 @@ def train(config, space, data, model, arch, path):
             if step % per_epoch == 0:
                 print_step(path, step, steps, losses, (time.monotonic() - started) / (step - first))
                 losses = []
-            if stop or step == steps or time.monotonic() - saved > SAVE_SECONDS:
+            if stop or step == steps or (begun := time.monotonic()) > save_after:
                 log.flush()
                 save(checkpoint(config, space, arch, model, optimizer, generator, step, order), path)
-                saved = time.monotonic()
+                save_after = time.monotonic() + (time.monotonic() - begun) / SAVE_SHARE
             if stop:
                 raise KeyboardInterrupt
     return model.eval()
 
 
 def losses_of(config, model, arch, drawn, x, y, generator):
-    """(cross-entropy + kl_weight * divergence, cross-entropy) of a batch; fixed networks have no divergence."""
+    """(cross-entropy + kl_weight * divergence, cross-entropy); fixed networks have no divergence."""
     x, y = x.to(config.device), y.to(config.device)
     if arch:
         loss_ce = F.cross_entropy(model(x), y)
