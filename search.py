@@ -3,6 +3,8 @@
     python search.py                            the whole story on the embedded images, out/search.json
     python search.py --budget 0.4               at most 40 % of the energy of the all-conv network
     python search.py --max-energy-mj 0.5 --max-params 150000 --generations 10
+    python search.py --study sharing            four ways to share weights, half an hour: results/sharing.md
+    python search.py --summary out/0,out/1,out/2 --out results          mean and deviation over seeds
 
 Run the same command again after an interruption: every phase goes on where it was. --resume says that this is
 what you mean: it is an error then if there is nothing to go on from.
@@ -16,17 +18,21 @@ weights rank networks only roughly (official: the fittest). The test images are 
 
 import functools
 import json
+import math
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cost_model import measured_latency_ms, measured_table, network_cost, network_layers, operations
-from shiftaddnas import Supernet, build, find_space
+from shiftaddnas import LAPLACE_SCALE, SPACES, Sharing, SharedWeight, Supernet
+from shiftaddnas import build, find_space, power_of_two
 from train import Config, accuracy, check_device, flag, load_data, parse, recalibrate, run_command
-from train import train, write_text
+from train import load_supernet, train, write_text
 
 TRIES = 200  # draws for one child before the search says that the budget leaves nothing new
 
@@ -52,6 +58,8 @@ class SearchConfig(Config):
     random: int = flag(2, "fresh random archs a generation", low=0)
     first: int = flag(16, "random archs of the first generation", low=1)
     finalists: int = flag(3, "fittest archs that are retrained to find the winner", low=1)
+    study: str = flag("", "no search: compare ways of weight sharing -> results/", choices=("", "sharing"))
+    summary: str = flag("", "no search: mean and deviation of these finished ones, A,B,... -> OUT/search.md")
 
 
 # ----------------------------------------------------------------------------------------------- budget
@@ -291,9 +299,214 @@ def search(config, space, data, supernet, path):
     return evolve(config, space, score, state, report)["scores"]
 
 
+def training_config(config, **change):
+    """The part of a SearchConfig that train() takes, with the changes given."""
+    return Config(**{f.name: getattr(config, f.name) for f in fields(Config)} | change)
+
+
+def write_results(config, space, scores, finalists, rows):
+    """search.json, winner.json and pareto.png in the output folder, and the table on the screen."""
+    winner, out = rows[-1]["arch"], Path(config.out)
+    result = {"winner": winner, "budget": limits(config, space, winner), "finalists": finalists}
+    result |= {"table": rows, "scores": scores, "seed": config.seed, "config": asdict(config)}
+    write_text(json.dumps(result, indent=1), out / "search.json")
+    write_text(json.dumps({"space": space.name, "arch": winner}), out / "winner.json")
+    print_table(rows)
+    plot_pareto(scores, space, rows, out / "pareto.png")
+
+
+def summarise(folders, out):
+    """Mean and standard deviation over finished searches: printed, and in out/search.{md,json}."""
+    runs = [json.loads((Path(folder) / "search.json").read_text()) for folder in folders]
+    titles = ["network", "test accuracy %", "energy of all-conv", "latency ms", "params", "archs"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for rows in zip(*(run["table"] for run in runs)):
+        tested = torch.tensor([row["test_accuracy"] for row in rows])
+        energies = [(row["energy_mj"], run["table"][0]["energy_mj"]) for row, run in zip(rows, runs)]
+        share = torch.tensor([100 * own / conv for own, conv in energies])
+        spread = [t.std().item() if len(t) > 1 else 0.0 for t in (tested, share)]
+        latency, params = (sum(row[name] for row in rows) / len(rows) for name in ("latency_ms", "params"))
+        lines.append(
+            f"| {rows[0]['name']} | {tested.mean():.2f} ± {spread[0]:.2f} | "
+            f"{share.mean():.0f} % ± {spread[1]:.0f} | {latency:.4f} | {params:,.0f} | "
+            f"{' '.join(row['arch'] for row in rows)} |"
+        )
+    kept = [{name: run[name] for name in ("seed", "winner", "budget", "table", "config")} for run in runs]
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_text(json.dumps({"runs": kept}, indent=1), os.path.join(out, "search.json"))
+    write_text("\n".join(lines) + "\n", os.path.join(out, "search.md"))
+    print("\n".join(lines))
+
+
+# ---------------------------------------------------------------------------------------- sharing study
+
+RESULTS = Path(__file__).parent / "results"
+MODES = ("none", "naive", "official", "heterogeneous")
+STUDY_SEEDS, ALONE_SEEDS, ALONE_EPOCHS, ALONE_ARCHS, INHERIT_ARCHS = 3, 2, 3, 24, 30
+PS_FORM = Sharing(shared="", transformed="", shift_form="PS")  # nothing shared, shift as published
+STUDY_MARK = "<!-- the lines between these marks are written by search.py --study sharing -->\n"
+
+
+def parameters(space, sharing):
+    """Parameters of a supernet, counted without memory."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Supernet(space, sharing).parameters())
+
+
+def kendall_tau(a, b):
+    """Kendall's tau-b of two lists: concordant minus discordant pairs, ties corrected; 0 for a constant."""
+    a, b = (np.sign(np.subtract.outer(row, row)) for row in (a, b))
+    return (a * b).sum() / math.sqrt(max(1, (a * a).sum() * (b * b).sum()))
+
+
+def spearman(a, b):
+    """Spearman's rank correlation; ties get their mean rank; 0 if one list is constant."""
+    ranks = [[(np.less(row, x).sum() + np.less_equal(row, x).sum()) / 2 for x in row] for row in (a, b)]
+    a, b = (np.subtract(row, np.mean(row)) for row in ranks)
+    return (a * b).sum() / max(1e-12, math.sqrt((a * a).sum() * (b * b).sum()))
+
+
+def study(config):
+    """Four ways of sharing, the same recipe and steps: does the supernet rank archs as training alone does?
+
+    For each mode and seed: accuracy of INHERIT_ARCHS archs with inherited weights after recalibration, its
+    rank correlation with ALONE_ARCHS of them trained alone (ALONE_SEEDS seeds, ALONE_EPOCHS epochs), the
+    network that the mode finds under --budget, retrained, and the time a step. Accuracies on the test images.
+    Everything measured is kept in <out>/study.json: an interrupted study goes on after its last item.
+    """
+    space, data = find_space(config.space), load_data(config.data, find_space(config.space))
+    folder = Path(config.out) / "study"
+    folder.mkdir(parents=True, exist_ok=True)
+    path, started, generator = folder / "study.json", time.monotonic(), torch.Generator().manual_seed(0)
+    known, archs = json.loads(path.read_text()) if path.exists() else {}, {}
+    while len(archs) < min(INHERIT_ARCHS, space.size()):
+        archs[space.sample(generator)] = None
+    jobs = {f"alone {arch} {seed}": partial(train_alone, arch, seed) for seed in range(ALONE_SEEDS)
+            for arch in list(archs)[:ALONE_ARCHS]}
+    jobs |= {f"{mode} {seed}": partial(study_supernet, mode, seed, list(archs)) for seed in range(STUDY_SEEDS)
+             for mode in MODES}
+    for number, (key, job) in enumerate(jobs.items(), 1):
+        if key not in known:
+            known[key] = job(config, space, data, folder)
+            write_text(json.dumps(known), path)
+            print(f"study {number}/{len(jobs)} | {key} | {time.monotonic() - started:.0f} s", flush=True)
+    write_study(space, list(archs), known)
+    plot_weights(space, folder / "heterogeneous-0.pt", RESULTS / "sharing.png")
+
+
+def train_alone(arch, seed, config, space, data, folder):
+    """Test accuracy of an arch trained alone for ALONE_EPOCHS."""
+    path = folder / "alone.pt"
+    path.unlink(missing_ok=True)
+    training = training_config(config, epochs=ALONE_EPOCHS, seed=seed)
+    network = train(training, space, data, build(space, arch, seed=seed), arch, path)
+    return accuracy(network, data, data.test, config.device)
+
+
+def study_supernet(mode, seed, archs, config, space, data, folder):
+    """What one supernet gives: inherited accuracies, time a step, what it finds, and that retrained."""
+    official = {"kl": "official", "kl_weight": 10.0} if mode == "official" else {}
+    path, started = folder / f"{mode}-{seed}.pt", time.monotonic()
+    own = replace(config, sharing=mode, seed=seed, out=str(path.with_suffix("")), **official)
+    Path(own.out).mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    supernet = train(training_config(own), space, data, Supernet(space, mode, seed), "", path)
+    steps = len(path.with_suffix(".jsonl").read_text().splitlines())
+    step_ms = 1e3 * (time.monotonic() - started) / steps
+    inherited = {}
+    for arch in archs:
+        network = recalibrate(supernet.extract(arch), data, device=config.device)
+        inherited[arch] = accuracy(network, data, data.test, config.device)
+    scores = search(own, space, data, supernet, folder / f"{mode}-{seed}-search.json")
+    found = min(scores, key=lambda arch: (-scores[arch], arch))
+    tested = accuracy(retrain(training_config(own), space, data, found), data, data.test, config.device)
+    return {"inherited": inherited, "step_ms": step_ms, "found": found, "found_accuracy": tested}
+
+
+def study_row(space, mode, archs, known):
+    """The figures of one mode: mean and deviation over its supernets."""
+    params, none, none_ps = (parameters(space, form) for form in (mode, "none", PS_FORM))
+    archs, seeds = archs[:ALONE_ARCHS], range(ALONE_SEEDS)
+    alone = [np.mean([known[f"alone {arch} {seed}"] for seed in seeds]) for arch in archs]
+    runs = [known[f"{mode} {seed}"] for seed in range(STUDY_SEEDS)]
+    inherited = [list(run["inherited"].values()) for run in runs]
+    columns = {
+        "mean_accuracy": [np.mean(row) for row in inherited],
+        "deviation": [np.std(row) for row in inherited],
+        "kendall_tau": [kendall_tau(row[: len(alone)], alone) for row in inherited],
+        "spearman": [spearman(row[: len(alone)], alone) for row in inherited],
+        "found_accuracy": [run["found_accuracy"] for run in runs],
+        "step_ms": [run["step_ms"] for run in runs],
+    }
+    row = {"params": params, "params_over_none": params / none, "params_over_none_ps": params / none_ps}
+    row |= {name: float(np.mean(values)) for name, values in columns.items()}
+    return row | {f"{name}_seeds": [round(float(v), 4) for v in values] for name, values in columns.items()}
+
+
+def write_study(space, archs, known):
+    """results/sharing.json and results/sharing.md from all that the study measured."""
+    modes = {mode: study_row(space, mode, archs, known) for mode in MODES}
+    first, second = ([known[f"alone {arch} {seed}"] for arch in archs[:ALONE_ARCHS]] for seed in (0, 1))
+    ceiling = {"kendall_tau": kendall_tau(first, second), "spearman": spearman(first, second)}
+    hytra = {mode: parameters(SPACES["hytra"], mode) for mode in ("none", "heterogeneous")}
+    report = {"space": space.name, "modes": modes, "seeds_agree": ceiling, "hytra_params": hytra}
+    RESULTS.mkdir(exist_ok=True)
+    write_text(json.dumps({**report, "measured": known}, indent=1), RESULTS / "sharing.json")
+    columns = [name for name in modes["none"] if not name.endswith("_seeds")]
+    lines = [f"| sharing | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for mode, row in modes.items():
+        figures = [f"{row['params']:,}"]
+        for name in columns[1:]:
+            spread = f" ± {np.std(row[name + '_seeds'], ddof=1):.2f}" if name + "_seeds" in row else ""
+            figures.append(f"{row[name]:.2f}{spread}")
+        lines.append(f"| {mode} | {' | '.join(figures)} |")
+    agree = f"Kendall tau {ceiling['kendall_tau']:.2f}, Spearman {ceiling['spearman']:.2f}"
+    lines.append(f"\nTwo seeds of training alone agree with each other to {agree}.")
+    old = RESULTS / "sharing.md"
+    before, _, after = (old.read_text() if old.exists() else 2 * STUDY_MARK).split(STUDY_MARK)
+    write_text(f"{before}{STUDY_MARK}{chr(10).join(lines)}\n{STUDY_MARK}{after}", RESULTS / "sharing.md")
+    print("\n".join(lines))
+
+
+@torch.no_grad()
+def plot_weights(space, checkpoint, path):
+    """Histograms of one shared weight as conv, shift and add read it, with the target densities."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path.name}: matplotlib is not installed")
+        return
+    supernet = load_supernet(checkpoint, space)
+    shared = [module for module in supernet.modules() if isinstance(module, SharedWeight) and module.slope]
+    weight = max(shared, key=lambda module: module.w.numel())
+    a = torch.linspace(-6 * weight.std, 6 * weight.std, 400)
+    normal = torch.exp(-0.5 * (a / weight.std) ** 2) / (weight.std * math.sqrt(2 * math.pi))
+    b = torch.linspace(-3, 3, 400)
+    laplace = torch.exp(-b.abs() / LAPLACE_SCALE) / (2 * LAPLACE_SCALE)
+    panels = {
+        "conv: w": (weight.w, a, normal),
+        "shift: power of two of w": (power_of_two(weight.w), a, None),
+        "add: T(w)": (weight.weight_for("add"), b, laplace),
+    }
+    figure = Figure((9, 2.6), layout="constrained")
+    for axes, (title, (values, grid, density)) in zip(figure.subplots(1, 3), panels.items()):
+        axes.hist(values.flatten().numpy(), bins=80, density=True, color="0.7")
+        if density is not None:
+            axes.plot(grid, density, "k--", label="target density")
+            axes.legend(fontsize=7)
+        axes.set_title(title, fontsize=9)
+    temporary = f"{path}.tmp.png"
+    figure.savefig(temporary, dpi=120)
+    os.replace(temporary, path)
+
+
 def main(argv=None):
     """The command line of search.py: supernet, search, retraining, table."""
     config = parse(SearchConfig, __doc__, argv, hidden=("arch", "init"))
+    if config.summary:
+        return summarise(config.summary.split(","), config.out)
+    if config.study:
+        return study(config)
     if config.resume and not os.path.exists(os.path.join(config.out, "supernet.pt")):
         raise ValueError(f"--resume: {config.out} holds no interrupted run")
     config.resume = True
@@ -307,7 +520,7 @@ def main(argv=None):
         for depths in space.depths
     ):
         raise ValueError(nothing_fits(config, space))
-    training = Config(**{f.name: getattr(config, f.name) for f in fields(Config)})
+    training = training_config(config)
     seconds, started = {}, time.monotonic()
 
     def lap(phase):
@@ -326,24 +539,11 @@ def main(argv=None):
         tested = accuracy(retrain(training, space, data, arch), data, data.test, config.device)
         rows.append({"name": name, "arch": arch, "test_accuracy": tested, **describe(space, arch, table)})
     lap("rivals")
-    result = {
-        "winner": winner,
-        "budget": limits(config, space, winner),
-        "finalists": finalists,
-        "table": rows,
-        "scores": scores,
-        "seed": config.seed,
-        "config": asdict(config),
-    }
-    write_text(json.dumps(result, indent=1), os.path.join(config.out, "search.json"))
-    write_text(json.dumps({"space": space.name, "arch": winner}), os.path.join(config.out, "winner.json"))
-    print_table(rows)
-    plot_pareto(scores, space, rows, os.path.join(config.out, "pareto.png"))
-    print(
-        "seconds: "
-        + " | ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
-        + f" | {len(data.test.index)} test images, one seed: standard error about 0.8 points"
-    )
+    write_results(config, space, scores, finalists, rows)
+    phases = " | ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
+    images = len(data.test.index)
+    error = 100 * (rows[-1]["test_accuracy"] / 100 * (1 - rows[-1]["test_accuracy"] / 100) / images) ** 0.5
+    print(f"seconds: {phases} | {images} test images, one seed: standard error {error:.1f} points")
 
 
 if __name__ == "__main__":

@@ -588,13 +588,16 @@ class Sharing:
     transformed: str = "a"  # those that read T(w) instead of w
     shift_form: str = "Q"  # of an unshared shift: Q rounds a latent weight, PS owns exponent and sign
     bins: int = 100  # slopes of T
+    official: bool = False  # the defects that D3 and D5 mend, for comparison (see SharedWeight)
 
 
 SHARING = {
     "none": Sharing(shared="", transformed=""),
     "naive": Sharing(transformed=""),
+    "official": Sharing(transformed="sa", official=True),
     "heterogeneous": Sharing(),
 }
+OFFICIAL_ETA = 0.2
 LAPLACE_SCALE = 0.5  # b of the add weights' target density exp(-|a| / b) / (2 b)
 
 
@@ -610,22 +613,30 @@ class SharedWeight(nn.Module):
     Gaussian to the Laplacian, quantile to quantile, F_Laplace^-1(Phi(w / std)), divided by w at the middle of
     each bin: T begins monotone and T(w) begins Laplacian. Gradients reach w and the slopes; the bin edges
     carry none. Source: abstract; official hytra_ops_ws_dist.py (deviations D3, D4, D5).
+
+    sharing.official has the official form instead: w and the slopes start as N(0, 1), shift reads a T of its
+    own, the largest weight falls out of the half-open last bin and becomes 0, and add layers normalise their
+    weight gradient (HybridConv2d, eta = OFFICIAL_ETA).
     """
 
     def __init__(self, shape, readers, sharing=SHARING["none"]):
         super().__init__()
         self.std = math.sqrt(2 / math.prod(shape[1:]))
         self.pair = readers == ["shift"] and sharing.shift_form == "PS"
+        self.official = sharing.official
         if self.pair:
             self.w = nn.Parameter(torch.stack([torch.rand(shape) * -14, torch.rand(shape) * 2 - 1]))
         else:
-            self.w = nn.Parameter(torch.randn(shape) * (1.0 if readers == ["add"] else self.std))
+            std = 1.0 if readers == ["add"] or self.official else self.std
+            self.w = nn.Parameter(torch.randn(shape) * std)
         ops = [OPS[letter] for letter in sharing.transformed if OPS[letter] in readers and len(readers) > 1]
         self.slope = nn.ParameterDict({op: self.initial_slope(op, sharing.bins) for op in ops})
 
     @torch.no_grad()
     def initial_slope(self, op, bins):
         """F_Laplace^-1(Phi(c / std)) / c at the centre c of each bin; 1 for a transformed shift."""
+        if self.official:
+            return nn.Parameter(torch.randn(bins))
         if op == "shift":
             return nn.Parameter(torch.ones(bins))
         lo, hi = self.w.aminmax()
@@ -644,7 +655,7 @@ class SharedWeight(nn.Module):
         lo, hi = w.aminmax()
         unit = (w - lo) / (hi - lo).clamp_min(1e-12)
         index = (unit * len(slope)).long().clamp_(0, len(slope) - 1)
-        return self.w * slope[index]
+        return self.w * slope[index] * (unit < 1) if self.official else self.w * slope[index]
 
     def owned(self, op):
         """What op reads now, as a SharedWeight of its own: same output, nothing shared or transformed."""
@@ -709,7 +720,8 @@ class HybridConv2d(nn.Module):
         shift_form="Q", eta=None,
     ):
         super().__init__()
-        self.op, self.stride, self.groups, self.eta = op, stride, groups, eta
+        self.op, self.stride, self.groups = op, stride, groups
+        self.eta = OFFICIAL_ETA if weight and weight.official and op == "add" else eta
         self.padding = kernel // 2 if padding is None else padding
         self.shape = (c_out, c_in // groups, kernel, kernel)
         self.weight = weight or SharedWeight(
@@ -1317,7 +1329,8 @@ def operator_table():
         for layer in LAYERS:
             for operator, path, function, inputs, elements, scale in layer_operators(layer, device):
                 ms, train_ms, extra = measure(path, function, inputs, scale, device)
-                conv = (ms, train_ms) if operator == "conv" else conv
+                if operator == "conv":
+                    conv = ms, train_ms
                 ratios[operator].append((ms / conv[0], train_ms / conv[1]))
                 rate = elements / 1e6 / ms
                 figures = f"{ms:11.2f}{rate:8.1f}{rate / ceiling:9.0%}{train_ms:12.2f}{extra:10.1f}"

@@ -2,6 +2,7 @@
 search, cost model. References are independent definitions: float64 loops, closed forms, recorded figures.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,21 +32,26 @@ import train
 from cost_model import Layer, layer_cost, network_cost, network_layers, operations, transformer_layers
 from shiftaddnas import (
     LAPLACE_SCALE,
-    OPS,
     SPACES,
     HybridConv2d,
     Sharing,
     SharedWeight,
     Supernet,
     add_conv2d,
+    add_conv2d_int,
+    add_conv2d_u8,
+    add_linear,
     attention2d,
     build,
     find_space,
     fixed_point,
     kl_divergence,
+    pack_shift,
     power_of_two,
     shift_conv2d,
+    shift_conv2d_int,
     shift_weight,
+    unpack_shift,
 )
 
 ROOT = Path(__file__).parent
@@ -112,7 +119,7 @@ def test_too_few_weight_bits_are_refused(call):
 def loop_conv(x, w, stride, padding, groups, term):
     """y[n,m,i,j] = sum of term(x tap, w tap), written as loops over every index."""
     x = F.pad(x, (padding,) * 4)
-    (n, c, h, wide), (m, cg, kh, kw) = x.shape, w.shape
+    (n, _, h, wide), (m, cg, kh, kw) = x.shape, w.shape
     y = x.new_zeros(n, m, (h - kh) // stride + 1, (wide - kw) // stride + 1)
     for b, o, i, j in itertools.product(*map(range, y.shape)):
         first = o // (m // groups) * cg
@@ -171,50 +178,6 @@ def test_add_conv2d_and_its_gradients_equal_loops(geometry, dtype, tolerance):
         assert (found.double() - wanted).norm() <= tolerance * wanted.norm()  # false for NaN
 
 
-@pytest.mark.parametrize("path", ["off", "cpu", "cpu-avx2", "cpu-portable"])
-def test_every_kernel_path_equals_the_float64_definition(path, monkeypatch):
-    monkeypatch.setenv("SHIFTADDNAS_KERNELS", path)
-    try:
-        shiftaddnas.kernel_build("cpu")
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    for n, c, h, wide, m, k, stride, padding, groups in GEOMETRIES:
-        x, w = (
-            torch.randn(n, c, h, wide, generator=rng(1)),
-            torch.randn(m, c // groups, k, k, generator=rng(2)),
-        )
-        results = []
-        for dtype in (torch.float32, torch.float64):
-            xs, ws = (t.detach().clone().to(dtype).requires_grad_() for t in (x, w))
-            y = add_conv2d(xs, ws, stride, padding, groups)
-            y.backward(torch.randn(y.shape, generator=rng(3)).to(dtype))
-            results.append((y, xs.grad, ws.grad))
-        for found, wanted in zip(*results):
-            assert (found.double() - wanted).norm() <= 1e-5 * wanted.norm()
-
-
-def test_kernel_paths_that_cannot_be_had_say_why(monkeypatch):
-    monkeypatch.setenv("SHIFTADDNAS_KERNELS", "fast")
-    with pytest.raises(ValueError, match="SHIFTADDNAS_KERNELS=fast: allowed are off, cpu"):
-        shiftaddnas.kernel_build("cpu")
-    call = "s.add_conv2d(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)).item()"
-    code = f"import torch, shiftaddnas as s; print({call})"
-    for _ in range(2):
-        run = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "SHIFTADDNAS_KERNELS": "", "CXX": "no-such-compiler"},
-        )
-        assert run.stdout == "-4.0\n" and run.stderr.count("\n") == 1 and "no-such-compiler" in run.stderr
-
-
-def test_the_add_operator_is_registered_soundly_for_autograd_and_compile():
-    x, w = torch.randn(2, 4, 5, 5, requires_grad=True), torch.randn(6, 2, 3, 3, requires_grad=True)
-    torch.library.opcheck(shiftaddnas.add_conv2d_op, (x, w, 2, 1, 2))
-
-
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_shift_conv2d_equals_a_loop_over_powers_of_two(geometry):
     n, c, h, wide, m, k, stride, padding, groups = geometry
@@ -242,17 +205,7 @@ def test_a_padded_tap_costs_the_absolute_weight():
     assert y.item() == -18
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_input_shows_in_the_outputs_that_read_it_and_in_no_other(value):
-    x, w = torch.randn(2, 2, 6, 6, generator=rng()), torch.randn(3, 2, 3, 3, generator=rng(1))
-    x[1, 0, 2, 2] = value
-    broken = ~torch.isfinite(add_conv2d(x, w))
-    expected = torch.zeros(2, 3, 4, 4, dtype=torch.bool)
-    expected[1, :, 0:3, 0:3] = True
-    assert broken.equal(expected)
-
-
-def test_add_conv2d_takes_empty_batches_odd_layouts_and_a_common_offset():
+def test_add_conv2d_takes_empty_batches_and_odd_layouts():
     w = torch.randn(5, 3, 3, 3, generator=rng())
     assert add_conv2d(torch.empty(0, 3, 6, 6), w).shape == (0, 5, 4, 4)
     x = torch.randn(2, 3, 6, 7, generator=rng(1))
@@ -263,9 +216,6 @@ def test_add_conv2d_takes_empty_batches_odd_layouts_and_a_common_offset():
     torch.testing.assert_close(
         add_conv2d(x.transpose(2, 3).contiguous().transpose(2, 3), w, padding=1), y, rtol=0, atol=0
     )
-    far = add_conv2d(x + 100, w + 100).double()
-    near = add_conv2d((x + 100).double() - 100, (w + 100).double() - 100)
-    assert (far - near).norm() < 1e-4 * near.norm()
 
 
 @pytest.mark.parametrize(
@@ -299,6 +249,395 @@ def test_attention_weights_of_an_output_sum_to_one_and_equal_loops():
             torch.testing.assert_close(y[b, head * dim : (head + 1) * dim].flatten(1)[:, i], v @ weights)
     w[2 * c :] = torch.eye(c).view(c, c, 1, 1)  # values = inputs, and these all equal 1
     torch.testing.assert_close(attention2d(torch.ones_like(x), w, dim), torch.ones_like(x))
+
+
+# ----------------------------------------------------------------------------------- §2 compiled kernels
+
+BUILDS = ["cpu", "cpu-avx2", "cpu-portable", "emulate", *["gpu"] * torch.cuda.is_available()]
+needs_compiler = pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler on this machine"
+)
+
+
+@contextlib.contextmanager
+def kernels(build):
+    """SHIFTADDNAS_KERNELS=build inside, yields the device it serves; skips where it cannot run here."""
+    with shiftaddnas.forced_path(build):
+        try:
+            if build != "off":
+                shiftaddnas.load_kernels(build)
+        except RuntimeError as error:
+            if "build needs" not in str(error):
+                raise
+            pytest.skip(str(error))
+        yield "cuda" if build == "gpu" else "cpu"
+
+
+def geometries(count=220):
+    """(x, w, stride, padding, groups): odd sizes, K 1-7, depthwise, batches of 0 and 1, one-pixel images,
+    non-contiguous and channels-last tensors."""
+    draw, gen = random.Random(0), rng()
+    for i in itertools.count():
+        if not count:
+            return
+        groups, per_group, filters = (
+            draw.choice([1, 1, 2, 3]),
+            draw.choice([1, 2, 3, 5, 9]),
+            draw.choice([1, 2, 5, 11]),
+        )
+        if i % 6 == 0:
+            groups, per_group, filters = 6, 1, 1
+        kh, kw, stride, padding = (draw.randint(*ends) for ends in ((1, 7), (1, 7), (1, 3), (0, 3)))
+        h, wide = draw.choice([1, 3, 7, 9, 16, 17]), draw.choice([1, 5, 8, 11, 16, 23])
+        if kh > h + 2 * padding or kw > wide + 2 * padding:
+            continue
+        x = torch.randn(draw.choice([0, 1, 1, 2, 3]), groups * per_group, h, wide, generator=gen)
+        w = torch.randn(groups * filters, per_group, kh, kw, generator=gen)
+        if i % 5 == 1:
+            x = x.to(memory_format=torch.channels_last)
+        if i % 5 == 2:
+            x, w = x.mT.contiguous().mT, w.mT.contiguous().mT
+        count -= 1
+        yield x, w, stride, padding, groups
+
+
+def add_reference(x, w, stride, padding, groups, g=None):
+    """(y, grad_x, grad_w) in float64, one kernel position at a time; only y without g."""
+    (n, c, h, wide), (m, cg, kh, kw) = x.shape, w.shape
+    ho, wo = (h + 2 * padding - kh) // stride + 1, (wide + 2 * padding - kw) // stride + 1
+    x, w = F.pad(x.double(), (padding,) * 4), w.double()
+    channel = (torch.arange(m) // (m // groups))[:, None] * cg + torch.arange(cg)
+    y, grad_x, grad_w = x.new_zeros(n, m, ho, wo), torch.zeros_like(x), torch.zeros_like(w)
+    for u, v in itertools.product(range(kh), range(kw)):
+        rows, columns = (slice(a, a + stride * (size - 1) + 1, stride) for a, size in ((u, ho), (v, wo)))
+        d = w[:, :, u, v, None, None] - x[:, :, rows, columns][:, channel]
+        y -= d.abs().sum(2)
+        if g is not None:
+            terms = (g.double()[:, :, None] * d.clamp(-1, 1)).flatten(1, 2)
+            part = x.new_zeros(n, c, ho, wo).index_add(1, channel.flatten(), terms)
+            grad_x[:, :, rows, columns] += part
+            grad_w[:, :, u, v] = -(g.double()[:, :, None] * d).sum((0, 3, 4))
+    inside = slice(padding, padding + h), slice(padding, padding + wide)
+    return y if g is None else (y, grad_x[(..., *inside)], grad_w)
+
+
+def run_add(x, w, g, geometry, device="cpu"):
+    x, w = x.to(device).detach().requires_grad_(), w.to(device).detach().requires_grad_()
+    y = add_conv2d(x, w, *geometry)
+    return [t.cpu() for t in (y.detach(), *torch.autograd.grad(y, (x, w), g.to(device)))]
+
+
+def relative_error(a, b):
+    return ((a.double() - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+
+@needs_compiler
+@pytest.mark.parametrize("build", [*BUILDS, "off"])
+def test_add_and_its_gradients_equal_float64_on_220_geometries(build):
+    gen = rng(1)
+    with kernels(build) as device:
+        for x, w, *geometry in geometries():
+            g = torch.randn(add_reference(x, w, *geometry).shape, generator=gen)
+            for found, wanted in zip(run_add(x, w, g, geometry, device), add_reference(x, w, *geometry, g)):
+                assert found.shape == wanted.shape
+                assert relative_error(found, wanted) < 1e-5, (x.shape, w.shape, geometry)
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_broken_number_shows_in_what_depends_on_it_and_in_nothing_else(build, value):
+    draw, gen = random.Random(4), rng(4)
+    with kernels(build) as device:
+        for x, w, *geometry in itertools.islice((case for case in geometries() if case[0].numel()), 50):
+            y = add_reference(x, w, *geometry)
+            g, at, where = (
+                torch.randn(y.shape, generator=gen),
+                *(tuple(map(draw.randrange, t.shape)) for t in (x, w)),
+            )
+            clean, moved, bad = run_add(x, w, g, geometry, device), x.clone(), x.clone()
+            moved[at] += 1e3
+            bad[at] = value
+            reached = add_reference(moved, w, *geometry) != y
+            found, grad_x, _ = run_add(bad, w, g, geometry, device)
+            assert (~found.isfinite()).equal(reached)
+            torch.testing.assert_close(found[~reached], clean[0][~reached], rtol=1e-4, atol=1e-4)
+            others = torch.ones_like(x, dtype=torch.bool)
+            others[at] = False
+            torch.testing.assert_close(grad_x[others], clean[1][others], rtol=1e-4, atol=1e-4)
+            assert grad_x[at].isnan().item() == (math.isnan(value) and reached.any().item())
+            bad, ones = w.clone(), torch.zeros_like(w)
+            bad[where], ones[where] = value, 1
+            found, grad_x, _ = run_add(x, bad, g, geometry, device)
+            hit = torch.arange(len(w)) == where[0]
+            assert (~found.isfinite()).equal(hit[:, None, None].expand_as(found))
+            meets = (
+                torch.nn.grad.conv2d_input(x.shape, ones, torch.ones_like(g), *geometry[:2], 1, geometry[2])
+                > 0
+            )
+            assert grad_x.isnan().equal(meets & math.isnan(value))
+
+
+@needs_compiler
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_common_offset_of_100_leaves_an_error_below_1e_4(build):
+    gen = rng(5)
+    with kernels(build) as device:
+        for c, m, side, k, groups in [(64, 32, 8, 3, 1), (256, 16, 4, 1, 1), (6, 6, 9, 3, 6)]:
+            x = 100 + torch.randn(2, c, side, side, generator=gen)
+            w = 100 + torch.randn(m, c // groups, k, k, generator=gen)
+            g = torch.randn(2, m, side - k + 1, side - k + 1, generator=gen)
+            wanted = add_reference(x, w, 1, 0, groups, g)
+            for a, b in zip(run_add(x, w, g, (1, 0, groups), device), wanted):
+                assert relative_error(a, b) < 1e-4
+
+
+@needs_compiler
+@pytest.mark.parametrize("build", BUILDS)
+def test_add_repeats_bit_for_bit_and_is_zero_on_equal_inputs(build):
+    gen = rng(7)
+    x, w = torch.randn(4, 16, 13, 13, generator=gen), torch.randn(20, 16, 3, 3, generator=gen)
+    g = torch.randn(4, 20, 13, 13, generator=gen)
+    with kernels(build) as device:
+        first = run_add(x, w, g, (1, 1, 1), device)
+        again = run_add(x, w, g, (1, 1, 1), device)
+        assert all(a.equal(b) for a, b in zip(first, again))
+        point = torch.randn(1, 40, 3, 3, generator=gen).to(device)
+        assert (add_conv2d(point, point.clone()) == 0).all()
+
+
+@needs_compiler
+def test_the_thread_count_changes_no_bit_of_the_kernels():
+    x, w, threads = (
+        torch.randn(3, 8, 17, 17, generator=rng()),
+        torch.randn(12, 8, 3, 3, generator=rng(1)),
+        torch.get_num_threads(),
+    )
+    try:
+        with kernels("cpu"):
+            results = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(add_conv2d(x, w, 2, 1))
+    finally:
+        torch.set_num_threads(threads)
+    assert results[0].equal(results[1]) and results[0].equal(results[2])
+
+
+def test_half_precision_is_float32_rounded():
+    x, w = torch.randn(2, 8, 6, 6, generator=rng()), torch.randn(4, 8, 3, 3, generator=rng(1))
+    for dtype in (torch.float16, torch.bfloat16):
+        a, b = x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
+        y = add_conv2d(a, b, padding=1)
+        y.sum().backward()
+        assert y.dtype == a.grad.dtype == b.grad.dtype == dtype
+        assert y.equal(add_conv2d(a.float(), b.float(), padding=1).to(dtype))
+
+
+def test_add_linear_is_minus_the_l1_distance_of_tokens():
+    x, w = torch.randn(2, 5, 33, generator=rng()), torch.randn(7, 33, generator=rng(1))
+    torch.testing.assert_close(add_linear(x, w), -torch.cdist(x, w.expand(2, -1, -1), p=1))
+    with pytest.raises(ValueError, match=r"\(2, 5, 33\).*\(7, 32\)"):
+        add_linear(x, w[:, 1:])
+
+
+def test_opcheck_is_clean_for_the_add_operator_and_its_gradient():
+    x, w = torch.randn(2, 4, 5, 5, requires_grad=True), torch.randn(6, 2, 3, 3, requires_grad=True)
+    torch.library.opcheck(shiftaddnas.add_conv2d_op, (x, w, 2, 1, 2))
+    g = torch.randn(2, 6, 3, 3)
+    torch.library.opcheck(shiftaddnas.add_conv2d_grad_x_op, (g, x.detach(), w.detach(), 2, 1, 2))
+
+
+def test_a_compiled_graph_gives_the_same_values_and_gradients():
+    def twice(x, w):
+        return add_conv2d(add_conv2d(x, w, 1, 1).tanh(), w, 2, 0).square().sum()
+
+    x = torch.randn(2, 4, 6, 6, generator=rng()).requires_grad_()
+    w = torch.randn(4, 4, 3, 3, generator=rng(1)).requires_grad_()
+    eager, compiled = twice(x, w), torch.compile(twice, fullgraph=True, backend="aot_eager")(x, w)
+    torch.testing.assert_close(eager, compiled)
+    torch.testing.assert_close(torch.autograd.grad(eager, (x, w)), torch.autograd.grad(compiled, (x, w)))
+
+
+ADD = "s.add_conv2d(torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)).item()"
+USE = f"import torch, shiftaddnas as s; print({ADD})"
+
+
+def start(cache, code=USE, **environment):
+    """A process that adds, with the cache folder and environment given."""
+    env = {**ONE_THREAD, "SHIFTADDNAS_KERNELS": "cpu-portable", "XDG_CACHE_HOME": str(cache), **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, **pipes)
+
+
+@needs_compiler
+def test_two_processes_build_at_once_and_a_half_written_library_is_rebuilt(tmp_path):
+    for run in [start(tmp_path), start(tmp_path)]:
+        assert run.communicate() == ("-18.0\n", "")
+    (library,) = (tmp_path / "shiftaddnas").iterdir()
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])
+    assert start(tmp_path).communicate() == ("-18.0\n", "")
+    assert len(library.read_bytes()) == len(whole)
+
+
+@needs_compiler
+def test_a_cache_folder_that_cannot_be_written_still_runs_the_kernels(tmp_path):
+    (tmp_path / "file").write_text("")  # a folder below a file cannot be made, not even by root
+    assert start(tmp_path / "file").communicate() == ("-18.0\n", "")
+
+
+@pytest.mark.parametrize(
+    "compiler, reason", [("false", "compiling kernels.cu failed"), ("no-such", "not on the PATH")]
+)
+def test_without_a_working_compiler_torch_adds_and_one_line_says_so(compiler, reason, tmp_path):
+    code = f"{USE}; {ADD}"
+    out, err = start(tmp_path, code, CXX=compiler, SHIFTADDNAS_KERNELS="").communicate()
+    assert out == "-18.0\n" and err.count("\n") == 1 and reason in err
+
+
+def test_nothing_is_compiled_or_loaded_at_import(tmp_path):
+    assert start(tmp_path, "import shiftaddnas").communicate() == ("", "") and not list(tmp_path.iterdir())
+
+
+def test_a_path_that_cannot_be_had_is_an_error_that_says_why(monkeypatch):
+    x, w = torch.ones(1, 2, 3, 3), torch.zeros(4, 2, 3, 3)
+    monkeypatch.setenv("SHIFTADDNAS_KERNELS", "fast")
+    with pytest.raises(ValueError, match="SHIFTADDNAS_KERNELS=fast: allowed are off, cpu"):
+        add_conv2d(x, w)
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("SHIFTADDNAS_KERNELS", "gpu")
+        with pytest.raises(RuntimeError, match="the gpu build needs"):
+            add_conv2d(x, w)
+
+
+# ----------------------------------------------------------------------------------- §2 integer arithmetic
+
+
+@needs_compiler
+@pytest.mark.parametrize("build", ["cpu", "cpu-avx2", "cpu-portable", "off"])
+def test_integer_operators_equal_their_definitions_on_every_element(build):
+    gen = rng(13)
+    with kernels(build):
+        for x, w, *geometry in geometries(60):
+            x8, w8 = (torch.randint(256, t.shape, generator=gen, dtype=torch.uint8) for t in (x, w))
+            assert add_conv2d_u8(x8, w8, *geometry).double().equal(add_reference(x8, w8, *geometry))
+            ends = torch.iinfo(torch.int32)
+            x32, w32 = (torch.randint(ends.min, ends.max, t.shape, generator=gen).int() for t in (x, w))
+            assert add_conv2d_int(x32, w32, *geometry).double().equal(add_reference(x32, w32, *geometry))
+            e = torch.randint(15, w.shape, generator=gen)
+            weight = w.sign() * 2.0**-e * (torch.rand(w.shape, generator=gen) > 0.1)
+            small = x32 >> 12  # products below 2^53 are exact in float64
+            wanted = F.conv2d(small.double(), weight.double(), None, *geometry[:2], 1, geometry[2])
+            found = shift_conv2d_int(small, pack_shift(weight), weight.shape, *geometry)
+            assert (found.double() / 2**15).equal(wanted)
+
+
+@needs_compiler
+def test_integer_shift_loses_no_bit_at_the_ends_of_its_range():
+    x = torch.tensor([-(2**31), 2**31 - 1, 1], dtype=torch.int32).view(1, 3, 1, 1)
+    weight = torch.tensor([1.0, -1.0, 2.0**-15]).view(1, 3, 1, 1)
+    y = shift_conv2d_int(x, pack_shift(weight), weight.shape)
+    assert y.item() == 2**15 * (-(2**31) - (2**31 - 1)) + 1
+
+
+def test_packing_is_lossless_at_five_bits_a_weight():
+    gen = rng(15)
+    for shape in [(0, 3), (1,), (7,), (16, 3, 3, 3), (5, 1, 7, 7)]:
+        sign = 1.0 - 2.0 * torch.randint(2, shape, generator=gen)
+        weight = sign * 2.0 ** -torch.randint(15, shape, generator=gen)
+        for w in (weight, weight * (torch.rand(shape, generator=gen) > 0.3)):
+            packed = pack_shift(w)
+            assert packed.dtype == torch.uint8 and packed.numel() == 1 + (5 * w.numel() + 7) // 8
+            assert unpack_shift(packed, shape).equal(w)
+    for bad in (0.75, 2.0, 2.0**-16, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="5-bit codes hold"):
+            pack_shift(torch.tensor([1.0, bad]))
+    with pytest.raises(ValueError, match="need 6 bytes"):
+        unpack_shift(torch.zeros(4, dtype=torch.uint8), (8,))
+
+
+@needs_compiler
+def test_a_hybrid_network_predicts_the_same_classes_through_the_integer_path(monkeypatch):
+    data = train.load_data("", FASHION)
+    network = train.recalibrate(build(FASHION, "sa/ssc/sat", seed=3), data)
+    images, _ = data.test.batch(np.arange(200))
+    x = (images - data.mean) / data.std
+    with torch.no_grad():
+        wanted = network(x)
+        calls = Counter()
+
+        def shift_exact(x, weight, stride, padding, groups):
+            calls["shift"] += 1
+            packed = pack_shift(power_of_two(weight))
+            grid = (fixed_point(x).double() * 2**16).int()
+            return shift_conv2d_int(grid, packed, weight.shape, stride, padding, groups).double() / 2.0**31
+
+        def add_exact(x, weight, stride, padding, groups):
+            calls["add"] += 1
+            grids = ((t.double() * 2**16).round().int() for t in (x, weight))
+            return add_conv2d_int(*grids, stride, padding, groups).double() / 2.0**16
+
+        exact = {"shift": shift_exact, "add": add_exact}
+        floats = {op: lambda x, *args, f=f, **named: f(x, *args, **named).float() for op, f in exact.items()}
+        monkeypatch.setattr(shiftaddnas, "OPERATORS", {**shiftaddnas.OPERATORS, **floats})
+        found = network(x)
+    assert min(calls["shift"], calls["add"]) >= 4
+    assert found.argmax(1).equal(wanted.argmax(1))
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-3)
+
+
+SELFTEST = r"""
+#include "KERNELS"
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+int main() {
+    srand(1);
+    auto pick = [](int n) { return rand() % n; };
+    for (int round = 0; round < ROUNDS; ++round) {
+        ConvShape s{pick(3) + (round % 9 != 0), 0, 1 + pick(19), 1 + pick(19), 0, 1 + pick(5), 1 + pick(5),
+                    1 + pick(3), pick(4), 1 + pick(3), 0, 0};
+        const int Cg = 1 + pick(12), Mg = 1 + pick(9);
+        s.C = s.G * (round % 4 ? Cg : 1), s.M = s.G * (round % 4 ? Mg : 1);
+        if (s.KH > s.H + 2 * s.P || s.KW > s.W + 2 * s.P) continue;
+        s.Ho = (s.H + 2 * s.P - s.KH) / s.S + 1, s.Wo = (s.W + 2 * s.P - s.KW) / s.S + 1;
+        const size_t weights = (size_t)s.M * (s.C / s.G) * s.KH * s.KW;
+        std::vector<float> x(inputs(s)), w(weights), y(outputs(s)), gx(x.size());
+        for (auto* t : {&x, &w}) for (float& a : *t) a = float(pick(2001) - 1000) / 400;
+        if (add_conv2d_forward(y.data(), x.data(), w.data(), &s, 1 + round % 3)) return 2;
+        if (add_conv2d_grad_x(gx.data(), y.data(), x.data(), w.data(), &s, 1 + round % 3)) return 3;
+#ifndef EMULATE
+        std::vector<uint8_t> x8(x.size(), 7), w8(w.size(), 9), packed(2 + w.size(), 13);
+        std::vector<int32_t> y32(y.size()), xi(x.size(), -5), wi(w.size(), 6);
+        std::vector<int64_t> y64(y.size());
+        if (add_conv2d_u8(y32.data(), x8.data(), w8.data(), &s, 2)) return 4;
+        if (add_conv2d_int(y64.data(), xi.data(), wi.data(), &s, 2)) return 5;
+        if (shift_conv2d_int(y64.data(), xi.data(), packed.data(), &s, 2)) return 6;
+#endif
+    }
+    puts("clean");
+}
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(not os.environ.get("SHIFTADDNAS_SANITIZE"), reason="SHIFTADDNAS_SANITIZE=1 runs these")
+@pytest.mark.parametrize("tool", ["sanitizers", "valgrind"])
+@pytest.mark.parametrize("flags", ["-mavx2 -mfma", "", "-DEMULATE"])
+def test_kernels_are_clean_under_sanitizers(tmp_path, flags, tool):
+    if tool == "valgrind" and not shutil.which("valgrind"):
+        pytest.skip("no valgrind on this machine")
+    source, program = tmp_path / "selftest.cpp", tmp_path / "selftest"
+    source.write_text(SELFTEST.replace("KERNELS", str(ROOT / "kernels.cu")))
+    checks = "-fsanitize=address,undefined -fno-sanitize-recover=all -DROUNDS=400"
+    extra = "-DROUNDS=60" if tool == "valgrind" else checks
+    compiler = [os.environ.get("CXX", "g++"), "-g", "-O1", "-std=c++20", "-fopenmp"]
+    subprocess.run([*compiler, *flags.split(), *extra.split(), source, "-o", program], check=True)
+    prefix = ["valgrind", "-q", "--error-exitcode=9"] if tool == "valgrind" else []
+    env = {**ONE_THREAD, "ASAN_OPTIONS": "detect_leaks=0"}
+    run = subprocess.run([*prefix, program], capture_output=True, text=True, env=env)
+    assert (run.returncode, run.stdout.strip()) == (0, "clean"), run.stderr[-3000:]
 
 
 # --------------------------------------------------------------------------------------------- §3 sharing
@@ -858,6 +1197,66 @@ def test_a_measured_limit_counts_as_any_other(monkeypatch, tmp_path):
     monkeypatch.setattr(search, "measured_latency_ms", lambda space, arch, table: 2.0 + arch.count("a"))
     config = search.SearchConfig(budget=0.0, max_measured_ms=3.5, out=str(tmp_path / "measured"))
     assert search.fits(config, FASHION, "ca/cc/cc") and not search.fits(config, FASHION, "aa/cc/cc")
+
+
+def test_rank_correlations_equal_their_definitions():
+    a, b = [3.0, 1.0, 2.0, 5.0, 4.0], [2.0, 1.0, 3.0, 5.0, 4.0]
+    pairs = list(itertools.combinations(range(5), 2))
+    signs = [math.copysign(1, (a[i] - a[j]) * (b[i] - b[j])) for i, j in pairs]
+    assert search.kendall_tau(a, b) == pytest.approx(sum(signs) / len(pairs))
+    ranks = sum((x - y) ** 2 for x, y in zip(a, b))
+    assert search.spearman(a, b) == pytest.approx(1 - 6 * ranks / (5 * 24))
+    assert search.kendall_tau([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / math.sqrt(2 * 3))  # tau-b: one tie
+
+
+def test_the_sharing_study_is_resumed_and_writes_its_table(tiny_data, tmp_path, monkeypatch, capsys):
+    small = {
+        "STUDY_SEEDS": 2,
+        "ALONE_EPOCHS": 1,
+        "ALONE_ARCHS": 3,
+        "INHERIT_ARCHS": 4,
+        "RESULTS": tmp_path / "results",
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(search, name, value)
+    counts = "--epochs 1 --batch 20 --first 2 --generations 0"
+    flags = f"--study sharing --data {tiny_data} {counts} --out {tmp_path / 'o'}"
+    search.main(flags.split())
+    result = json.loads((tmp_path / "results" / "sharing.json").read_text())
+    assert set(result["modes"]) == {"none", "naive", "official", "heterogeneous"}
+    ours = result["modes"]["heterogeneous"]
+    assert (
+        ours["params_over_none"] <= 0.60
+        and -1 <= ours["kendall_tau"] <= 1
+        and 0 <= ours["mean_accuracy"] <= 100
+    )
+    monkeypatch.setattr(search, "train", None)  # nothing is trained again
+    (tmp_path / "results" / "sharing.json").unlink()
+    search.main(flags.split())
+    assert json.loads((tmp_path / "results" / "sharing.json").read_text()) == result
+
+
+def test_the_official_sharing_drops_the_largest_weight_and_normalises_the_add_gradient():
+    with shiftaddnas.seeded(0):
+        weight = SharedWeight((8, 8, 3, 3), ["conv", "shift", "add"], shiftaddnas.SHARING["official"])
+        layer = HybridConv2d("add", 8, 8, 3, weight=weight)
+    added = weight.weight_for("add").flatten()
+    assert added[weight.w.argmax()] == 0 and (added == 0).sum() == 1
+    assert layer.eta == shiftaddnas.OFFICIAL_ETA and HybridConv2d("conv", 8, 8, 3, weight=weight).eta is None
+
+
+def test_the_summary_has_mean_and_deviation_over_the_seeds(tmp_path, capsys, monkeypatch):
+    for number, accuracy in enumerate((80.0, 82.0, 84.0)):
+        row = {"name": "winner", "arch": "s", "test_accuracy": accuracy, "energy_mj": 2.0, "latency_ms": 1.0}
+        rows = [{**row, "name": "all-conv", "energy_mj": 4.0, "params": 7}, {**row, "params": 1000 * number}]
+        (tmp_path / str(number)).mkdir()
+        content = {"seed": number, "winner": "s", "budget": {}, "table": rows, "config": {}}
+        (tmp_path / str(number) / "search.json").write_text(json.dumps(content))
+    folders = ",".join(str(tmp_path / str(number)) for number in range(3))
+    search.main(["--summary", folders, "--out", str(tmp_path / "results")])
+    assert "| winner | 82.00 ± 2.00 | 50 % ± 0 | 1.0000 | 1,000 | s s s |" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "results" / "search.json").read_text())
+    assert [run["seed"] for run in kept["runs"]] == [0, 1, 2]
 
 
 def test_resume_with_nothing_to_go_on_from_is_an_error(tmp_path, capsys):

@@ -119,12 +119,13 @@ def run_command(main):
 
 
 def read_arch(space, text):
-    """An arch string, or a .json file whose key "arch" holds one -> validated arch of the space."""
-    if text.endswith(".json"):
+    """An arch string, or JSON with one under the key "arch", as text or a .json file -> validated arch."""
+    if text.endswith(".json") or text.lstrip().startswith("{"):
         try:
-            text = json.loads(Path(text).read_text())["arch"]
+            content = text if text.lstrip().startswith("{") else Path(text).read_text()
+            text = json.loads(content)["arch"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f'{text} is not a JSON file with a key "arch"') from None
+            raise ValueError(f'{text} is not JSON with a key "arch"') from None
     return space.validate(text)
 
 
