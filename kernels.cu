@@ -424,7 +424,7 @@ template <bool grad> static void add_panels(float* out, const float* source, con
     parallel(a.G * tiles * R, threads, [&](int64_t job, int) {
         const int64_t g = job / (tiles * R), o = std::min<int64_t>(job % (tiles * R), a.M - 1);  // the last repeats
         double total = 0, total_abs = 0;
-        float* to = &taps[job / R * K * R + job % R];
+        float* to = taps.data() + job / R * K * R + job % R;
         for (int c = 0; c < a.C; ++c)
             for (int t = 0; t < area; ++t, to += R) {
                 const float b = w[g * a.wg + o * a.wo + c * a.wc + offset[t]];
@@ -434,8 +434,8 @@ template <bool grad> static void add_panels(float* out, const float* source, con
         sum_w[job] = float(total), abs_w[job] = float(total_abs);
     });
     parallel(ceil_div(panels, int(block)), threads, [&](int64_t job, int thread) {
-        float *panel = &work[thread * size], *sum = panel + block * K * PW;
-        Lanes* pixels = &lanes[thread * block];
+        float *panel = work.data() + thread * size, *sum = panel + block * K * PW;
+        Lanes* pixels = lanes.data() + thread * block;
         const int64_t first = job * block, count = std::min(block, panels - first);
         for (int64_t p = 0; p < count; ++p) pixels[p].set(a, (first + p) * PW);
         for (int g = 0; g < a.G; ++g) {
@@ -445,12 +445,12 @@ template <bool grad> static void add_panels(float* out, const float* source, con
                 for (int64_t p = 0; p < count; ++p) {
                     alignas(64) float in[R][PW], result[R][PW];
                     const int64_t o = tile % tiles * R, channel = (g * a.M + o) * map, rows = std::min<int64_t>(R, a.M - o);
-                    const float *from = panel + p * K * PW, *b = &taps[tile * K * R];
+                    const float *from = panel + p * K * PW, *b = taps.data() + tile * K * R;
                     if constexpr (grad) {
                         for (int r = 0; r < R; ++r) std::fill_n(in[r], PW, 0.f);
                         for (int r = 0; r < rows; ++r) pixels[p].move_in(in[r], x + channel + r * map);
                         grad_tile(from, sum + p * PW, b, in, K, result);
-                    } else forward_tile(from, sum + p * PW, b, &sum_w[tile * R], &abs_w[tile * R], K, result);
+                    } else forward_tile(from, sum + p * PW, b, sum_w.data() + tile * R, abs_w.data() + tile * R, K, result);
                     for (int r = 0; r < rows; ++r) pixels[p].move_out(out + channel + r * map, result[r]);
                 }
         }
@@ -476,7 +476,7 @@ template <bool grad, class Y, class X> static void add_depthwise(Y* out, const X
         weight[k] = grad && b != b ? 0 : b, offset[k % taps] = (u * a.S + v % a.S) * width + v / a.S;
     }
     parallel((int64_t)a.N * a.G, threads, [&](int64_t p, int thread) {
-        X* plane = &work[thread * size];
+        X* plane = work.data() + thread * size;
         for (int i = std::max(0, a.row0); i < std::min(a.H, rows + a.row0); ++i)
             for (int phase = 0; phase < a.S; ++phase) {
                 X* to = plane + ((int64_t)(i - a.row0) * a.S + phase) * width;
@@ -486,7 +486,7 @@ template <bool grad, class Y, class X> static void add_depthwise(Y* out, const X
                 if (a.S == 1) std::copy(from + first, from + std::max(first, last), to + first);
                 else for (int b = first; b < last; ++b) to[b] = from[b * a.S];
             }
-        const Y* b = &weight[p % a.G * taps];
+        const Y* b = weight.data() + p % a.G * taps;
         for (int i = 0; i < a.A; ++i)
             for (int j = 0; j < a.B; j += LANES) {
                 const int64_t at = (p * a.height + (int64_t)i * a.step + a.row) * a.width + (int64_t)j * a.step + a.col;
@@ -595,24 +595,24 @@ static void add_u8_panels(int32_t* y, const uint8_t* x, const uint8_t* w, const 
     parallel((int64_t)a.N * a.G, threads, [&](int64_t image, int) {
         for (int i = 0; i < std::min<int64_t>(a.H, rows + a.row0); ++i)
             for (int j = 0; j < std::min<int64_t>(a.W, columns + a.col0); ++j) {
-                uint8_t* to = &last[((image * rows + i - a.row0) * columns + j - a.col0) * a.C];
+                uint8_t* to = last.data() + ((image * rows + i - a.row0) * columns + j - a.col0) * a.C;
                 const uint8_t* from = x + (image * a.C * a.H + i) * a.W + j;
                 for (int64_t c = 0, map = (int64_t)a.H * a.W; c < a.C; ++c) to[c] = from[c * map];
             }
     });
     parallel(ceil_div(a.pixels(), TILE) * a.G, threads, [&](int64_t job, int thread) {
         const int64_t g = job % a.G, q0 = job / a.G * TILE, count = std::min<int64_t>(TILE, a.pixels() - q0);
-        uint8_t* patches = &work[thread * size];
+        uint8_t* patches = work.data() + thread * size;
         int64_t at[TILE];
         for (int l = 0; l < count; ++l) {
             const int64_t n = (q0 + l) / map, r = (q0 + l) % map;
             at[l] = (n * a.G + g) * a.M * map + r;
-            const uint8_t* from = &last[(((n * a.G + g) * rows + r / a.B * a.S) * columns + r % a.B * a.S) * a.C];
+            const uint8_t* from = last.data() + (((n * a.G + g) * rows + r / a.B * a.S) * columns + r % a.B * a.S) * a.C;
             for (int u = 0; u < a.KH; ++u) std::copy_n(from + u * columns * a.C, row, patches + l * depth + u * row);
         }
         for (int m = 0; m < a.M; m += 2)
             for (int l = 0; l < count; l += 4) {
-                const uint8_t *patch = patches + l * depth, *filter = &filters[(g * a.M + m) * depth];
+                const uint8_t *patch = patches + l * depth, *filter = filters.data() + (g * a.M + m) * depth;
                 bytes sum0[4] = {}, sum1[4] = {};
                 for (int64_t k = 0; k < depth; k += VB) {
                     const bytes b0 = opaque(load<bytes>(filter + k)), b1 = opaque(load<bytes>(filter + depth + k));
