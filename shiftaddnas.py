@@ -372,6 +372,7 @@ def add_conv2d_grad_x_definition(g, x, w, stride, padding, groups):
 
 @torch.library.custom_op("shiftaddnas::add_conv2d", mutates_args=())
 def add_conv2d_op(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int, groups: int) -> torch.Tensor:
+    """Forward of add_conv2d as an operator that autograd and torch.compile know."""
     build = kernel_build(x.device.type) if x.dtype == torch.float32 else None
     if build is None:
         return add_conv2d_definition(x, w, stride, padding, groups)
@@ -385,6 +386,7 @@ def add_conv2d_op(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int, g
 def add_conv2d_grad_x_op(
     g: torch.Tensor, x: torch.Tensor, w: torch.Tensor, stride: int, padding: int, groups: int
 ) -> torch.Tensor:
+    """Gradient of add_conv2d for x, an operator of its own so that a compiled backward can hold it."""
     build = kernel_build(x.device.type) if x.dtype == torch.float32 else None
     if build is None:
         return add_conv2d_grad_x_definition(g, x, w, stride, padding, groups)
@@ -414,6 +416,7 @@ def product_grad_w(g, x, w, stride, padding, groups):
 
 
 def add_conv2d_backward(ctx, g):
+    """dL/dx = sum g clip(w - x, -1, 1); dL/dw = sum g x - w sum g, a convolution's weight gradient and a sum."""
     x, w = ctx.saved_tensors
     stride, padding, groups = ctx.geometry
     grad_x = grad_w = None
@@ -426,6 +429,7 @@ def add_conv2d_backward(ctx, g):
 
 
 def add_conv2d_setup(ctx, inputs, output):
+    """Keeps x, w and the geometry for add_conv2d_backward."""
     ctx.save_for_backward(*inputs[:2])
     ctx.geometry = inputs[2:]
 
@@ -572,6 +576,7 @@ def add_conv2d_u8(x, weight, stride=1, padding=0, groups=1):
 
 
 def add_conv2d_exact(name, x, weight, *geometry):
+    """-sum |x - weight| of integers, by the kernel of this name or the definition."""
     conv_shape(x.shape, weight.shape, *geometry)
     y = int_conv2d(name, x, weight, weight.shape, geometry)
     return int_conv2d_definition(lambda a, b: -(a - b).abs(), x, weight, *geometry) if y is None else y
