@@ -416,7 +416,7 @@ def product_grad_w(g, x, w, stride, padding, groups):
 
 
 def add_conv2d_backward(ctx, g):
-    """dL/dx = sum g clip(w - x, -1, 1); dL/dw = sum g x - w sum g, a convolution's weight gradient and a sum."""
+    """dL/dx = sum g clip(w - x, -1, 1); dL/dw = sum g x (a convolution's weight gradient) - w sum g."""
     x, w = ctx.saved_tensors
     stride, padding, groups = ctx.geometry
     grad_x = grad_w = None
