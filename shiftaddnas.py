@@ -11,6 +11,7 @@ Reading order
     §4 blocks        HybridConv2d (one layer, any op) and Block (one residual bottleneck, any op)
     §5 space         SearchSpace: size, sample, validate, mutate, crossover of arch strings; SPACES
     §6 supernet      Supernet(x, arch), Supernet.extract(arch), build(space, arch)
+    §7 translation   mix_tokens, attend: operators on (B, T, C); TokenSpace: archs of Transformers
 
 Symbols
     N batch · C, M channels in and out · H, W map · K kernel · S stride · P padding · G groups
@@ -42,6 +43,7 @@ Deviations from the official code (github.com/RICE-EIC/ShiftAddNAS, folder CV)
         eta-normalised on them (theirs outgrows the convolution's 3,000 times).
     D6  only cells that some arch can reach are built (136.8 of 615.4 million parameters in `hytra`).
     D7  crossover keeps the depth pattern of one parent, so a child is always inside the space.
+    D8  (folder NLP) an add over time is an add in decoding too; theirs multiplies there.
 """
 
 import collections
@@ -1212,6 +1214,196 @@ def shared_shapes(entrances, c_out):
         c_up, _ = entrances["down"]
         shapes |= {"conv1_d": (p, c_up, 1, 1), "shortcut_d": (c_out, c_up, 3, 3)}
     return shapes
+
+
+# ------------------------------------------------------------------------------ §7 operators on tokens
+
+
+def mix_tokens(op, u, w, causal, past=None):
+    """Lightweight convolution or add over time; the channels of a head share their K taps, softmax(w).
+
+        conv  y[b,t,c] =  sum_j  softmax(w)[h(c),j] u[b,t-P+j,c]
+        add   y[b,t,c] = -sum_j |u[b,t-P+j,c] - softmax(w)[h(c),j]|
+
+    op "conv" or "add", u (B, T, C), w (H, K) -> (B, T, C), h(c) = floor(c H / C). P = K - 1 if causal, else
+    (K - 1) / 2; a padded tap is u = 0, and costs an add its weight. past (B, K - 1, C): the inputs before u,
+    for decoding token by token (causal only). Gradients: those of the operator. ValueError if H does not
+    divide C. Source: official lightconv_layer.py, lightadd_layer.py (D8: their decoder multiplies instead).
+    """
+    (H, K), C = w.shape, u.shape[2]
+    if C % H:
+        raise ValueError(f"the heads must divide the {C} channels, got {H}")
+    taps = w.softmax(1).repeat_interleave(C // H, 0).view(C, 1, 1, K)
+    before = K - 1 if causal else (K - 1) // 2
+    x = F.pad(u, (0, 0, before, 0)) if past is None else torch.cat([past, u], 1)
+    x = F.pad(x, (0, 0, 0, K - 1 - before)).transpose(1, 2).unsqueeze(2)
+    return OPERATORS[op](x, taps, stride=1, padding=0, groups=C).squeeze(2).transpose(1, 2)
+
+
+def attend(q, k, v, heads, allowed):
+    """Multi-head attention: y = softmax(q k^T / sqrt(Q / heads)) v for each of the heads.
+
+    q (B, T, Q), k and v (B, S, Q), allowed a boolean mask that broadcasts to (B, heads, T, S) -> (B, T, Q). A
+    row with nothing allowed gives 0. ValueError if heads do not divide Q.
+    """
+    if q.shape[2] % heads:
+        raise ValueError(f"heads must divide the width {q.shape[2]}, got {heads}")
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2)
+
+
+# ------------------------------------------------------------------------------------ §7 spaces of translation
+
+TYPES = ("C", "A", "S", "T", "TC", "TA", "TS")  # light conv, add, shift-add; attention; half and half
+SOURCES = {-1: 1, 1: 2, 2: 3}  # what cross-attention reads: the last one, two or three encoder layers
+ENCODER_LISTS = ("ffn", "heads", "types")
+DECODER_LISTS = ("ffn", "self_heads", "cross_heads", "sources", "types")
+
+
+@dataclass(frozen=True)
+class TokenSpace:
+    """A set of encoder-decoder Transformers whose layers pick how they mix tokens.
+
+    An arch is a dict {"encoder": {"embed_dim", "ffn", "heads", "types"}, "decoder": {"embed_dim", "ffn",
+    "self_heads", "cross_heads", "sources", "types"}}, lists one entry a layer; heads only reshape the
+    queries, keys and values of total width `qkv`. Source: official supertransformer configs (space_shiftadd_v3
+    for En-De, v1 for En-Fr and IWSLT).
+    """
+
+    name: str
+    widths: tuple
+    encoder_ffn: tuple
+    decoder_ffn: tuple
+    heads: tuple
+    encoder_layers: int = 6
+    decoder_layers: tuple = (6, 5, 4, 3, 2, 1)
+    qkv: int = 512
+    kernels: tuple = (3, 7, 15, 31, 31, 31)  # taps of the light operators by layer, not searched
+    light_heads: tuple = (16, 4)  # kernels of a stand-alone and of a half light operator
+
+    def choices(self):
+        """Per part the allowed values of each of its lists."""
+        heads = self.heads
+        encoder = dict(zip(ENCODER_LISTS, (self.encoder_ffn, heads, TYPES)))
+        return {
+            "encoder": encoder,
+            "decoder": dict(zip(DECODER_LISTS, (self.decoder_ffn, heads, heads, tuple(SOURCES), TYPES[3:]))),
+        }
+
+    def size(self):
+        """Number of archs, an exact integer."""
+        layer = {
+            part: math.prod(map(len, lists.values())) for part, lists in self.choices().items()
+        }
+        decoders = sum(layer["decoder"] ** depth for depth in self.decoder_layers)
+        return len(self.widths) ** 2 * layer["encoder"] ** self.encoder_layers * decoders
+
+    def sample(self, generator):
+        """Every dimension independent and uniform, the decoder's depth too (official rule)."""
+
+        def pick(values):
+            return values[int(torch.randint(len(values), (), generator=generator))]
+
+        depths = {"encoder": self.encoder_layers, "decoder": pick(self.decoder_layers)}
+        return {
+            part: {"embed_dim": pick(self.widths)}
+            | {name: [pick(values) for _ in range(depths[part])] for name, values in lists.items()}
+            for part, lists in self.choices().items()
+        }
+
+    def validate(self, arch):
+        """Raises ValueError, naming the part that is wrong and what is allowed; returns the arch."""
+        for part, lists in self.choices().items():
+            found = arch.get(part) if isinstance(arch, dict) else None
+            if not isinstance(found, dict) or set(found) != {"embed_dim", *lists}:
+                keys = ", ".join(("embed_dim", *lists))
+                raise ValueError(f"an arch of space {self.name} needs {part!r} with {keys}")
+            if found["embed_dim"] not in self.widths:
+                raise ValueError(f"{part} embed_dim is {found['embed_dim']!r}; allowed are {self.widths}")
+            depths = (self.encoder_layers,) if part == "encoder" else self.decoder_layers
+            for name, values in lists.items():
+                if not isinstance(found[name], list) or len(found[name]) not in depths:
+                    raise ValueError(f"{part} {name} must be a list of {depths} entries, got {found[name]!r}")
+                entries, layers = len(found[name]), len(found["types"])
+                if entries != layers:
+                    raise ValueError(f"{part} {name} has {entries} entries, types {layers}")
+                for value in found[name]:
+                    if value not in values or isinstance(value, bool):
+                        raise ValueError(f"{part} {name} holds {value!r}; allowed are {values}")
+        return arch
+
+    def mutate(self, arch, generator, probability=0.3):
+        """Official rule: each gene redrawn with one probability; the decoder's depth is a gene too."""
+        return self.mix(arch, self.sample(generator), generator, probability)
+
+    def crossover(self, first, second, generator):
+        """Official rule: each gene from either parent by a coin; the depth comes with its parent (D7)."""
+        return self.mix(first, second, generator, 0.5)
+
+    def mix(self, arch, other, generator, probability):
+        """The arch with each gene taken from `other` with the probability, and layers it lacks too."""
+
+        def coin():
+            return bool(torch.rand((), generator=generator) < probability)
+
+        child = {}
+        for part, lists in self.choices().items():
+            depth = len((other if coin() else arch)[part]["types"])
+            child[part] = {"embed_dim": (other if coin() else arch)[part]["embed_dim"]}
+            for name in lists:
+                mine, theirs = arch[part][name], other[part][name]
+                child[part][name] = [
+                    (theirs if i < len(theirs) and (i >= len(mine) or coin()) else mine)[i]
+                    for i in range(depth)
+                ]
+        return child
+
+    def params(self, arch):
+        """Parameters without embeddings. The LayerNorm of a stand-alone light layer is left out, as the
+        published counter does."""
+        encoder, decoder = self.validate(arch)["encoder"], arch["decoder"]
+        E, D, Q, total = encoder["embed_dim"], decoder["embed_dim"], self.qkv, 0
+        for i, (ffn, kind) in enumerate(zip(encoder["ffn"], encoder["types"])):
+            norms = 4 * E if kind[0] == "T" else 2 * E
+            total += self.mixing_params(kind, E, i) + norms + (2 * ffn + 1) * E + ffn
+        for i, (ffn, kind) in enumerate(zip(decoder["ffn"], decoder["types"])):
+            cross = Q * D + 2 * Q * E + 3 * Q + D * Q + D
+            total += self.mixing_params(kind, D, i) + cross + 6 * D + (2 * ffn + 1) * D + ffn
+        return total
+
+    def mixing_params(self, kind, width, layer):
+        """Parameters of one layer's mixing: attention, a light operator, or each on half of the width."""
+        part = width if len(kind) == 1 else width // 2
+        attention = 3 * self.qkv * (part + 1) + (self.qkv + 1) * part
+        heads = self.light_heads[len(kind) - 1]
+        light = (2 + (kind[-1] == "S")) * part * (part + 1) + heads * self.kernels[layer]
+        return attention * (kind[0] == "T") + light * (kind[-1] != "T")
+
+    def flops(self, arch, tokens=30):
+        """2 * MACs of one pass with `tokens` source and target tokens, as the published counter has them: the
+        light operators' own sums and the logits are left out."""
+        encoder, decoder = self.validate(arch)["encoder"], arch["decoder"]
+        E, D, Q, n, macs = encoder["embed_dim"], decoder["embed_dim"], self.qkv, tokens, 0
+
+        def mixing(kind, width):
+            part = width if len(kind) == 1 else width // 2
+            attention, light = 4 * n * part * Q + 2 * n * n * Q, (2 + (kind[-1] == "S")) * n * part * part
+            return attention * (kind[0] == "T") + light * (kind[-1] != "T")
+
+        for ffn, kind in zip(encoder["ffn"], encoder["types"]):
+            macs += mixing(kind, E) + 2 * n * E * ffn
+        for ffn, kind, source in zip(decoder["ffn"], decoder["types"], decoder["sources"]):
+            keys = SOURCES[source] * n
+            macs += mixing(kind, D) + 2 * n * D * Q + 2 * keys * E * Q + 2 * n * keys * Q + 2 * n * D * ffn
+        return 2 * macs
+
+
+FFN = (4096, 3072, 2048, 1024)
+TOKEN_SPACES = {
+    "wmt14_en_de": TokenSpace("wmt14_en_de", (1024, 768, 512), FFN, FFN, (16, 8, 4)),
+    "wmt14_en_fr": TokenSpace("wmt14_en_fr", (1024, 768, 512), FFN, FFN[1:], (16, 8, 4)),
+    "iwslt14_de_en": TokenSpace("iwslt14_de_en", (1024, 768, 640, 512), FFN, FFN[1:], (16, 8, 4, 2)),
+}
 
 
 # ------------------------------------------------------------------------------------ the operator table

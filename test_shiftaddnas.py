@@ -864,6 +864,145 @@ def test_a_seed_decides_the_weights_and_leaves_the_global_generator_alone():
     assert not one.head.fc.weight.equal(other.head.fc.weight)
 
 
+# ------------------------------------------------------------------------------- §7 tokens and their spaces
+
+
+@pytest.mark.parametrize("op", ["conv", "add"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_mixing_over_time_and_its_gradients_equal_loops(op, causal):
+    u, w = torch.randn(2, 6, 4, generator=rng()).double(), torch.randn(2, 3, generator=rng(1)).double()
+    u.requires_grad_(), w.requires_grad_()
+    y = shiftaddnas.mix_tokens(op, u, w, causal)
+    taps, before, g = w.softmax(1), 2 if causal else 1, torch.randn(2, 6, 4, generator=rng(2)).double()
+    expected, grad_u, grad_taps = torch.zeros_like(y), torch.zeros_like(u), torch.zeros_like(taps)
+    for b, t, c, j in itertools.product(range(2), range(6), range(4), range(3)):
+        at, head = t - before + j, c // 2
+        a, weight = (u[b, at, c] if 0 <= at < 6 else 0 * u[0, 0, 0]), taps[head, j]
+        expected[b, t, c] += a * weight if op == "conv" else -(a - weight).abs()
+        grad_taps[head, j] += g[b, t, c] * (a if op == "conv" else a - weight)
+        if 0 <= at < 6:
+            grad_u[b, at, c] += g[b, t, c] * (weight if op == "conv" else (weight - a).clamp(-1, 1))
+    torch.testing.assert_close(y, expected)
+    found_u, found_w = torch.autograd.grad(y, (u, w), g)
+    torch.testing.assert_close(found_u, grad_u)
+    torch.testing.assert_close(found_w, torch.autograd.grad(taps, w, grad_taps.detach())[0])
+
+
+@pytest.mark.parametrize("op", ["conv", "add"])
+def test_mixing_token_by_token_equals_mixing_the_sentence(op):
+    u, w = torch.randn(3, 9, 8, generator=rng()), torch.randn(4, 5, generator=rng(1))
+    past, found = torch.zeros(3, 4, 8), []
+    for t in range(9):
+        found.append(shiftaddnas.mix_tokens(op, u[:, t : t + 1], w, True, past))
+        past = torch.cat([past, u[:, t : t + 1]], 1)[:, 1:]
+    torch.testing.assert_close(torch.cat(found, 1), shiftaddnas.mix_tokens(op, u, w, True))
+
+
+def test_the_published_translation_spaces_have_their_exact_sizes():
+    def published(widths, encoder, decoder):
+        return widths**2 * encoder**6 * sum(decoder**depth for depth in range(1, 7))
+
+    sizes = {name: space.size() for name, space in shiftaddnas.TOKEN_SPACES.items()}
+    assert sizes["wmt14_en_de"] == published(3, 4 * 3 * 7, 4 * 3 * 3 * 3 * 4)
+    assert sizes["wmt14_en_fr"] == published(3, 4 * 3 * 7, 3 * 3 * 3 * 3 * 4)
+    assert sizes["iwslt14_de_en"] == published(4, 4 * 4 * 7, 3 * 4 * 4 * 3 * 4)
+    assert [f"{size:.2e}" for size in sizes.values()] == ["2.06e+28", "3.67e+27", "1.16e+30"]
+
+
+def translation(encoder_ffn, heads, types, ffn, self_heads, cross_heads, decoder_types):
+    decoder = {"ffn": ffn, "self_heads": self_heads, "cross_heads": cross_heads, "sources": [2] * len(ffn)}
+    return {
+        "encoder": {"embed_dim": 512, "ffn": encoder_ffn, "heads": heads, "types": types.split()},
+        "decoder": {"embed_dim": 512, **decoder, "types": decoder_types.split()},
+    }
+
+
+K1, K2, K3, K4 = 1024, 2048, 3072, 4096
+TRANSLATION_NETS = {  # the published En-De networks by latency budget in ms: arch, parameters, FLOPs
+    200: (
+        translation(
+            [K2, K4, K2, K1, K1, K3],
+            [8, 4, 4, 4, 4, 4],
+            "T TS TC TC TC T",
+            [K4] * 3,
+            [4, 8, 16],
+            [4] * 3,
+            "TC T T",
+        ),
+        36_974_940,
+        2.437e9,
+    ),
+    120: (
+        translation(
+            [K1, K2, K4, K1, K2, K3],
+            [16, 4, 16, 8, 16, 4],
+            "TC T TC TC TA T",
+            [K4] * 2,
+            [8, 8],
+            [16, 4],
+            "T T",
+        ),
+        30_998_848,
+        2.009e9,
+    ),
+    350: (
+        translation(
+            [K3, K2, K4, K2, K4, K4],
+            [16, 4, 4, 16, 4, 16],
+            "TA T TA TA T T",
+            [K4, K4, K3],
+            [4, 16, 8],
+            [4] * 3,
+            "TC T T",
+        ),
+        42_549_968,
+        2.771e9,
+    ),
+    100: (
+        translation([K1, K1, K1, K4, K3, K4], [8, 8, 16, 8, 4, 16], "TA TS T TA TS T", [K4], [8], [4], "T"),
+        25_876_768,
+        1.631e9,
+    ),
+}
+
+
+@pytest.mark.parametrize("budget", TRANSLATION_NETS)
+def test_published_translation_networks_have_their_parameters_and_flops(budget):
+    arch, params, flops = TRANSLATION_NETS[budget]
+    space = shiftaddnas.TOKEN_SPACES["wmt14_en_de"]
+    assert space.params(arch) == params
+    assert space.flops(arch) == pytest.approx(flops, rel=1e-3)
+
+
+def test_drawn_mutated_and_crossed_translation_archs_stay_inside_their_space():
+    gen = rng()
+    for space in shiftaddnas.TOKEN_SPACES.values():
+        for _ in range(50):
+            one, two = space.sample(gen), space.sample(gen)
+            for arch in (one, space.mutate(one, gen), space.crossover(one, two, gen)):
+                assert space.validate(json.loads(json.dumps(arch))) == arch
+
+
+@pytest.mark.parametrize(
+    "part, change, message",
+    [
+        ("encoder", {"types": ["X"] * 6}, "encoder types holds 'X'"),
+        ("decoder", {"types": ["C", "T", "T"]}, "decoder types holds 'C'"),
+        ("encoder", {"ffn": [K1] * 5}, "encoder ffn must be a list of"),
+        ("decoder", {"ffn": [K4] * 2}, "decoder ffn has 2 entries, types 3"),
+        ("decoder", {"sources": [0, 1, 2]}, "decoder sources holds 0"),
+        ("encoder", {"embed_dim": 500}, "encoder embed_dim is 500"),
+        ("encoder", {"surplus": 1}, "needs 'encoder' with"),
+        ("decoder", {"cross_heads": 4}, "decoder cross_heads must be a list"),
+    ],
+)
+def test_wrong_translation_archs_are_named(part, change, message):
+    arch = json.loads(json.dumps(TRANSLATION_NETS[200][0]))
+    arch[part] |= change
+    with pytest.raises(ValueError, match=message):
+        shiftaddnas.TOKEN_SPACES["wmt14_en_de"].validate(arch)
+
+
 # ------------------------------------------------------------------------------------------------ train.py
 
 
