@@ -1252,7 +1252,7 @@ def attend(q, k, v, heads, allowed):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2)
 
 
-# ------------------------------------------------------------------------------------ §7 spaces of translation
+# ------------------------------------------------------------------------------- §7 spaces of translation
 
 TYPES = ("C", "A", "S", "T", "TC", "TA", "TS")  # light conv, add, shift-add; attention; half and half
 SOURCES = {-1: 1, 1: 2, 2: 3}  # what cross-attention reads: the last one, two or three encoder layers
@@ -1266,8 +1266,8 @@ class TokenSpace:
 
     An arch is a dict {"encoder": {"embed_dim", "ffn", "heads", "types"}, "decoder": {"embed_dim", "ffn",
     "self_heads", "cross_heads", "sources", "types"}}, lists one entry a layer; heads only reshape the
-    queries, keys and values of total width `qkv`. Source: official supertransformer configs (space_shiftadd_v3
-    for En-De, v1 for En-Fr and IWSLT).
+    queries, keys and values of total width `qkv`. Source: official supertransformer configs (En-De v3, En-Fr
+    and IWSLT v1).
     """
 
     name: str
