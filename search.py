@@ -410,7 +410,10 @@ def study_supernet(mode, seed, archs, config, space, data, folder):
     own = replace(config, sharing=mode, seed=seed, out=str(path.with_suffix("")), **official)
     Path(own.out).mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
-    supernet = train(training_config(own), space, data, Supernet(space, mode, seed), "", path)
+    try:
+        supernet = train(training_config(own), space, data, Supernet(space, mode, seed), "", path)
+    except ValueError as error:  # the loss is not finite any more: a finding of the study, not its end
+        return {"diverged": str(error)}
     steps = len(path.with_suffix(".jsonl").read_text().splitlines())
     step_ms = 1e3 * (time.monotonic() - started) / steps
     inherited = {}
@@ -424,11 +427,12 @@ def study_supernet(mode, seed, archs, config, space, data, folder):
 
 
 def study_row(space, mode, archs, known):
-    """The figures of one mode: mean and deviation over its supernets."""
+    """The figures of one mode: mean and deviation over those of its supernets that did not diverge."""
     params, none, none_ps = (parameters(space, form) for form in (mode, "none", PS_FORM))
     archs, seeds = archs[:ALONE_ARCHS], range(ALONE_SEEDS)
     alone = [np.mean([known[f"alone {arch} {seed}"] for seed in seeds]) for arch in archs]
     runs = [known[f"{mode} {seed}"] for seed in range(STUDY_SEEDS)]
+    runs = [run for run in runs if "diverged" not in run]
     inherited = [list(run["inherited"].values()) for run in runs]
     columns = {
         "mean_accuracy": [np.mean(row) for row in inherited],
@@ -439,6 +443,7 @@ def study_row(space, mode, archs, known):
         "step_ms": [run["step_ms"] for run in runs],
     }
     row = {"params": params, "params_over_none": params / none, "params_over_none_ps": params / none_ps}
+    row["diverged"] = STUDY_SEEDS - len(runs)
     row |= {name: float(np.mean(values)) for name, values in columns.items()}
     return row | {f"{name}_seeds": [round(float(v), 4) for v in values] for name, values in columns.items()}
 
@@ -457,7 +462,8 @@ def write_study(space, archs, known):
     for mode, row in modes.items():
         figures = [f"{row['params']:,}"]
         for name in columns[1:]:
-            spread = f" ± {np.std(row[name + '_seeds'], ddof=1):.2f}" if name + "_seeds" in row else ""
+            seeds = row.get(name + "_seeds", [])
+            spread = f" ± {np.std(seeds, ddof=1):.2f}" if len(seeds) > 1 else ""
             figures.append(f"{row[name]:.2f}{spread}")
         lines.append(f"| {mode} | {' | '.join(figures)} |")
     agree = f"Kendall tau {ceiling['kendall_tau']:.2f}, Spearman {ceiling['spearman']:.2f}"

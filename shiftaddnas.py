@@ -626,15 +626,15 @@ class SharedWeight(nn.Module):
     weight gradient (HybridConv2d, eta = OFFICIAL_ETA).
     """
 
-    def __init__(self, shape, readers, sharing=SHARING["none"]):
+    def __init__(self, shape, readers, sharing=SHARING["none"], std=None):
         super().__init__()
-        self.std = math.sqrt(2 / math.prod(shape[1:]))
+        self.readers, self.std = readers, std or math.sqrt(2 / math.prod(shape[1:]))
         self.pair = readers == ["shift"] and sharing.shift_form == "PS"
         self.official = sharing.official
         if self.pair:
             self.w = nn.Parameter(torch.stack([torch.rand(shape) * -14, torch.rand(shape) * 2 - 1]))
         else:
-            std = 1.0 if readers == ["add"] or self.official else self.std
+            std = 1.0 if not std and readers == ["add"] or self.official else self.std
             self.w = nn.Parameter(torch.randn(shape) * std)
         ops = [OPS[letter] for letter in sharing.transformed if OPS[letter] in readers and len(readers) > 1]
         self.slope = nn.ParameterDict({op: self.initial_slope(op, sharing.bins) for op in ops})
@@ -1012,10 +1012,11 @@ SPACES["bossnet_t1"] = replace(SPACES["bossnet_t0"], name="bossnet_t1", strides=
 
 
 def find_space(name):
-    """SPACES[name], or ValueError with the known names."""
-    if name not in SPACES:
-        raise ValueError(f"unknown space {name!r}; known: {', '.join(SPACES)}")
-    return SPACES[name]
+    """The space of a name, images or translation, or ValueError with the known names."""
+    known = SPACES | TOKEN_SPACES
+    if name not in known:
+        raise ValueError(f"unknown space {name!r}; known: {', '.join(known)}")
+    return known[name]
 
 
 # ------------------------------------------------------------------------------------------ §6 supernet
@@ -1219,7 +1220,7 @@ def shared_shapes(entrances, c_out):
 # ------------------------------------------------------------------------------ §7 operators on tokens
 
 
-def mix_tokens(op, u, w, causal, past=None):
+def mix_tokens(op, u, w, causal, past=None, adjust=None):
     """Lightweight convolution or add over time; the channels of a head share their K taps, softmax(w).
 
         conv  y[b,t,c] =  sum_j  softmax(w)[h(c),j] u[b,t-P+j,c]
@@ -1227,20 +1228,22 @@ def mix_tokens(op, u, w, causal, past=None):
 
     op "conv" or "add", u (B, T, C), w (H, K) -> (B, T, C), h(c) = floor(c H / C). P = K - 1 if causal, else
     (K - 1) / 2; a padded tap is u = 0, and costs an add its weight. past (B, K - 1, C): the inputs before u,
-    for decoding token by token (causal only). Gradients: those of the operator. ValueError if H does not
-    divide C. Source: official lightconv_layer.py, lightadd_layer.py (D8: their decoder multiplies instead).
+    for decoding token by token (causal only). adjust(softmax(w)) replaces the taps: dropout, quantisation.
+    Gradients: those of the operator. ValueError if H does not divide C. Source: official lightconv_layer.py,
+    lightadd_layer.py (D8: their decoder multiplies instead).
     """
     (H, K), C = w.shape, u.shape[2]
     if C % H:
         raise ValueError(f"the heads must divide the {C} channels, got {H}")
-    taps = w.softmax(1).repeat_interleave(C // H, 0).view(C, 1, 1, K)
+    taps = w.softmax(1) if adjust is None else adjust(w.softmax(1))
+    taps = taps.repeat_interleave(C // H, 0).view(C, 1, 1, K)
     before = K - 1 if causal else (K - 1) // 2
     x = F.pad(u, (0, 0, before, 0)) if past is None else torch.cat([past, u], 1)
     x = F.pad(x, (0, 0, 0, K - 1 - before)).transpose(1, 2).unsqueeze(2)
     return OPERATORS[op](x, taps, stride=1, padding=0, groups=C).squeeze(2).transpose(1, 2)
 
 
-def attend(q, k, v, heads, allowed):
+def attend(q, k, v, heads, allowed, dropout=0.0):
     """Multi-head attention: y = softmax(q k^T / sqrt(Q / heads)) v for each of the heads.
 
     q (B, T, Q), k and v (B, S, Q), allowed a boolean mask that broadcasts to (B, heads, T, S) -> (B, T, Q). A
@@ -1249,7 +1252,7 @@ def attend(q, k, v, heads, allowed):
     if q.shape[2] % heads:
         raise ValueError(f"heads must divide the width {q.shape[2]}, got {heads}")
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, allowed, dropout).transpose(1, 2).flatten(2)
 
 
 # ------------------------------------------------------------------------------- §7 spaces of translation
@@ -1403,7 +1406,305 @@ TOKEN_SPACES = {
     "wmt14_en_de": TokenSpace("wmt14_en_de", (1024, 768, 512), FFN, FFN, (16, 8, 4)),
     "wmt14_en_fr": TokenSpace("wmt14_en_fr", (1024, 768, 512), FFN, FFN[1:], (16, 8, 4)),
     "iwslt14_de_en": TokenSpace("iwslt14_de_en", (1024, 768, 640, 512), FFN, FFN[1:], (16, 8, 4, 2)),
+    "translation": TokenSpace(
+        "translation", (128, 96, 64), (384, 256, 128), (384, 256, 128), (8, 4, 2), encoder_layers=3,
+        decoder_layers=(3, 2, 1), qkv=128, kernels=(3, 7, 15), light_heads=(8, 4),
+    ),
 }
+
+
+# ------------------------------------------------------------------------------ §8 supernet of translation
+
+PAD, EOS, UNK = range(3)  # the first ids of any vocabulary; EOS ends a sentence and starts its translation
+TAP_BINS = 16  # slopes of T for the taps of a light operator: few numbers, a few dozen taps
+
+
+def fake_quantise(x, low, high, bits):
+    """Rounds to one of 2^bits levels from low to high (broadcast); gradient straight through."""
+    scale = ((high - low) / (2**bits - 1)).clamp_min(1e-8)
+    return _StraightThrough.apply(x, low + scale * ((x.detach() - low) / scale).round().clamp(0, 2**bits - 1))
+
+
+class _QuantisedGradient(torch.autograd.Function):
+    """Identity, whose gradient is quantised to `bits` with stochastic rounding."""
+
+    @staticmethod
+    def forward(ctx, x, bits):
+        ctx.bits = bits
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        low, high = grad.aminmax()
+        scale = ((high - low) / (2**ctx.bits - 1)).clamp_min(1e-8)
+        level = ((grad - low) / scale + torch.rand_like(grad)).floor_().clamp_(0, 2**ctx.bits - 1)
+        return low + scale * level, None
+
+
+class Quantiser(nn.Module):
+    """Fake quantisation of a layer's input (one range), weight rows and bias; a plain copy if bits is 0.
+
+    The input's range is the batch's in training and a running one, r <- 0.1 r + 0.9 batch, in evaluation.
+    Source: official fairseq/modules/quantize.py.
+    """
+
+    def __init__(self, bits):
+        super().__init__()
+        self.bits = bits
+        if bits:
+            self.register_buffer("range", torch.zeros(2))
+
+    def forward(self, x):
+        if not self.bits:
+            return x
+        span = self.range
+        if self.training:
+            span = torch.stack(x.detach().aminmax())
+            self.range.lerp_(span, 0.9)
+        return fake_quantise(x, *span, self.bits)
+
+    def weight(self, w):
+        """Row by row; a vector is one row."""
+        return fake_quantise(w, *w.detach().aminmax(dim=-1, keepdim=True), self.bits) if self.bits else w
+
+
+class HybridLinear(nn.Module):
+    """z = W x + b with the prefix W[:out, :in] of its own or a shared weight; op "shift": powers of two.
+
+    x (B, T, in) -> (B, T, out). With bits, x, W, b and the gradient of z are quantised (see Quantiser).
+    """
+
+    def __init__(self, op, c_in, c_out, weight=None, bits=0):
+        super().__init__()
+        self.op, self.quantiser = op, Quantiser(bits)
+        self.weight = weight or SharedWeight((c_out, c_in), [op], std=math.sqrt(2 / (c_in + c_out)))
+        self.bias = nn.Parameter(torch.zeros(c_out))
+
+    def forward(self, x, c_out):
+        w, quantiser = self.weight.weight_for(self.op)[:c_out, : x.shape[-1]], self.quantiser
+        w = power_of_two(w) if self.op == "shift" else quantiser.weight(w)
+        z = F.linear(quantiser(x), w, quantiser.weight(self.bias[:c_out]))
+        return _QuantisedGradient.apply(z, quantiser.bits) if quantiser.bits else z
+
+
+class Attention(nn.Module):
+    """Attention of x (B, T, C) to memory (B, S, C'), x itself for self-attention: (B, T, C). A cache, a dict
+    that starts empty, keeps keys and values from one token to the next."""
+
+    def __init__(self, qkv, width, memory_width, dropout, bits=0):
+        super().__init__()
+        self.qkv, self.dropout = qkv, dropout
+        self.q = HybridLinear("conv", width, qkv, bits=bits)
+        self.k = HybridLinear("conv", memory_width, qkv, bits=bits)
+        self.v = HybridLinear("conv", memory_width, qkv, bits=bits)
+        self.out = HybridLinear("conv", qkv, width, bits=bits)
+
+    def forward(self, x, memory, heads, allowed, cache=None):
+        k, v = (cache or {}).get("kv", (None, None))
+        if k is None or memory is x:
+            new = self.k(memory, self.qkv), self.v(memory, self.qkv)
+            k, v = new if k is None else (torch.cat(pair, 1) for pair in zip((k, v), new))
+        if cache is not None:
+            cache["kv"] = k, v
+        dropout = self.dropout if self.training else 0.0
+        return self.out(attend(self.q(x, self.qkv), k, v, heads, allowed, dropout), x.shape[-1])
+
+
+class Light(nn.Module):
+    """Light operators C, A or S: u = W1 x + b1; S: u = Shift(u) + bs; y = mix_tokens(u); z = W2 y + b2.
+
+    `letters` says which of them it can be. If several, they share: W1 and W2 by all, W1 read as powers of two
+    is S's shift layer too, and the taps are one SharedWeight, w for C and T(w) for A and S. Padded tokens are
+    set to 0 after the projections, so that a sentence's result does not depend on its batch (official: before
+    or not at all). Source: official lightconv_layer.py, lightadd_layer.py, lightshiftadd_layer.py.
+    """
+
+    def __init__(self, letters, width, heads, taps, causal, sharing, dropout, bits=0):
+        super().__init__()
+        self.causal, self.dropout, self.quantiser = causal, dropout, Quantiser(bits)
+        inner = None
+        if len(letters) > 1 and "S" in letters:
+            inner = SharedWeight((width, width), ["conv", "shift"], std=width**-0.5)
+        self.first = HybridLinear("conv", width, width, inner, bits)
+        self.shift = HybridLinear("shift", width, width, inner) if "S" in letters else None
+        self.second = HybridLinear("conv", width, width, bits=bits)
+        readers = ["conv"] * ("C" in letters) + ["add"] * (letters != "C")
+        sharing = replace(sharing, bins=min(TAP_BINS, sharing.bins))
+        self.taps = SharedWeight((heads, taps), readers, sharing, std=math.sqrt(2 / (heads + taps)))
+
+    def forward(self, x, letter, keep, cache=None):
+        op, width = "conv" if letter == "C" else "add", x.shape[-1]
+        u = self.first(x, width)
+        u = self.shift(u, width) if letter == "S" else u
+        u = self.quantiser(u if keep is None else u * keep)
+        w, past = self.taps.weight_for(op), None
+        if cache is not None:
+            past = cache.get("u", u.new_zeros(len(u), w.shape[1] - 1, width))
+            cache["u"] = torch.cat([past, u], 1)[:, 1 - w.shape[1] :]
+
+        def adjust(taps):
+            return F.dropout(self.quantiser.weight(taps), self.dropout, self.training)
+
+        return self.second(mix_tokens(op, u, w, self.causal, past, adjust), width)
+
+
+class TokenBlock(nn.Module):
+    """x = LN(x + mix(x)); in a decoder x = LN(x + attention(x, memory)); x = LN(x + W2 relu(W1 x)).
+
+    mix is any of `types`: a light operator, attention, or attention on the first half of the channels and a
+    light operator on the second. Weights are used by prefix: the width of x, `ffn` hidden units. memory_width
+    0 makes an encoder block. Source: official transformer_super_shiftadd_v2.py, multibranch.py.
+    """
+
+    def __init__(self, types, layer, width, ffn, space, sharing, memory_width=0, dropout=0.0, bits=0):
+        super().__init__()
+        self.shared, self.dropout, self.full = bool(sharing.shared), dropout, max(space.widths)
+        self.attention, self.light = nn.ModuleDict(), nn.ModuleDict()
+        for key in dict.fromkeys(map(self.key, types)):
+            kinds = [kind for kind in types if self.key(kind) == key]
+            part, heads = width // len(kinds[0]), space.light_heads[len(kinds[0]) - 1]
+            letters = "".join(kind[-1] for kind in kinds if kind[-1] != "T")
+            if any(kind[0] == "T" for kind in kinds):
+                self.attention[key] = Attention(space.qkv, part, part, dropout / 3, bits)
+            if letters:
+                self.light[key] = Light(
+                    letters, part, heads, space.kernels[layer], memory_width > 0, sharing, dropout / 10, bits
+                )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3 if memory_width else 2))
+        self.cross = Attention(space.qkv, width, memory_width, dropout / 3) if memory_width else None
+        self.fc1 = HybridLinear("conv", width, ffn, bits=bits)
+        self.fc2 = HybridLinear("conv", ffn, width, bits=bits)
+
+    def key(self, kind):
+        """Types with one key share their attention and their light operator."""
+        return ("whole", "split")[len(kind) - 1] if self.shared else kind
+
+    def mix(self, x, kind, heads, keep, allowed, cache):
+        """The first or only part to attention, the last or only part to the light operator."""
+        part, key, mixed = x.shape[-1] // len(kind), self.key(kind), []
+        if kind[0] == "T":
+            first = x[..., :part]
+            mixed.append(self.attention[key](first, first, heads, allowed, cache))
+        if kind[-1] != "T":
+            mixed.append(self.light[key](x[..., -part:], kind[-1], keep, cache))
+        return torch.cat(mixed, -1)
+
+    def forward(self, x, kind, heads, ffn, keep, allowed, cross=None, cache=None):
+        """keep (B, T, 1): 0 at padding; allowed: see attend; cross: (memory, heads, allowed), decoder only;
+        cache: None, or a pair of dicts that start empty, for decoding token by token."""
+        width, (own, other) = x.shape[-1], cache or (None, None)
+
+        def add(x, y, norm):
+            y = F.dropout(y, self.dropout * width / self.full, self.training)
+            return F.layer_norm(x + y, (width,), norm.weight[:width], norm.bias[:width])
+
+        x = add(x, self.mix(x, kind, heads, keep, allowed, own), self.norms[0])
+        if cross is not None:
+            x = add(x, self.cross(x, *cross, other), self.norms[1])
+        return add(x, self.fc2(F.relu(self.fc1(x, ffn)), width), self.norms[-1])
+
+
+class Translator(nn.Module):
+    """Encoder-decoder Transformer over a TokenSpace: logits = translator(source, target, arch).
+
+    source (B, S) and target (B, T) token ids, right-padded with PAD, target shifted right behind an EOS;
+    logits (B, T, V). Without `arch` it is the supernet, which forwards any arch of the space with prefixes of
+    its weights; with one it is that network, and forward's arch can be left out. sharing "none" or
+    "heterogeneous" (see Light). One embedding V x width serves source, target and logits; positions alternate
+    sine and cosine, so that any prefix has both (official: sines first). dropout: of a block of full width,
+    in proportion below; a third of it for attention weights, a tenth for taps, as published (0.3, 0.1, 0.03).
+    bits: quantisation, 0 for none. ValueError for an arch outside the space or an unknown sharing.
+    """
+
+    def __init__(self, space, vocabulary, arch=None, sharing="heterogeneous", seed=0, dropout=0.0, bits=0):
+        super().__init__()
+        if sharing not in ("none", "heterogeneous"):
+            raise ValueError(f"sharing {sharing!r} is not for translation; allowed: none, heterogeneous")
+        self.space, self.vocabulary, self.sharing = space, vocabulary, sharing
+        self.arch, self.dropout, self.bits = arch and space.validate(arch), dropout, bits
+        lists, parts = space.choices(), {}
+        for part, layers in (("encoder", space.encoder_layers), ("decoder", max(space.decoder_layers))):
+            types, ffn = lists[part]["types"], max(lists[part]["ffn"])
+            parts[part] = [types] * layers, [ffn] * layers, max(space.widths)
+            if arch:
+                genes = arch[part]
+                parts[part] = [[kind] for kind in genes["types"]], genes["ffn"], genes["embed_dim"]
+        (*_, E), (*_, D) = parts.values()
+        with seeded(seed):
+            self.embedding = nn.Parameter(torch.randn(vocabulary, max(E, D)) * max(E, D) ** -0.5)
+            for part, (types, ffn, width) in parts.items():
+                blocks = (
+                    TokenBlock(types[i], i, width, ffn[i], space, SHARING[sharing],
+                               E * (part == "decoder"), dropout, bits)
+                    for i in range(len(types))
+                )
+                setattr(self, part, nn.ModuleList(blocks))
+
+    def embed(self, tokens, width, start=0):
+        """Embedding times sqrt(width), plus positions from `start`."""
+        full = max(self.space.widths)
+        i = torch.arange(width, device=tokens.device)
+        rate = torch.exp(-math.log(10000) * (i - i % 2) / full)
+        angle = torch.arange(start, start + tokens.shape[1], device=tokens.device)[:, None] * rate
+        position = torch.where(i % 2 == 0, angle.sin(), angle.cos())
+        x = F.embedding(tokens, self.embedding[:, :width]) * width**0.5 + position
+        return F.dropout(x, self.dropout * width / full, self.training)
+
+    def encode(self, source, arch=None):
+        """(outputs of the last three layers, last first; padding mask (B, S)) of source (B, S)."""
+        genes, mask = (arch or self.arch)["encoder"], source != PAD
+        x, outputs = self.embed(source, genes["embed_dim"]), []
+        for block, kind, heads, ffn in zip(self.encoder, genes["types"], genes["heads"], genes["ffn"]):
+            x = block(x, kind, heads, ffn, mask.unsqueeze(2).to(x.dtype), mask[:, None, None])
+            outputs.insert(0, x)
+        return outputs[:3], mask
+
+    def decode(self, target, memory, arch=None, caches=None):
+        """Logits (B, T, V) of target (B, T) given encode()'s result. caches: None, or what new_caches() gave,
+        for decoding token by token: then target holds the next token only, T = 1."""
+        genes, (outputs, mask) = (arch or self.arch)["decoder"], memory
+        start = caches[0][2]["tokens"] if caches else 0
+        x, width = self.embed(target, genes["embed_dim"], start), genes["embed_dim"]
+        square = (target.shape[1],) * 2
+        allowed = None if caches else torch.ones(square, dtype=torch.bool, device=target.device).tril()
+        names = ("types", "self_heads", "ffn", "cross_heads", "sources")
+        for i, (kind, heads, ffn, cross_heads, source) in enumerate(zip(*(genes[name] for name in names))):
+            count = SOURCES[source]
+            keys = torch.cat(outputs[:count], 1), cross_heads, mask.repeat(1, count)[:, None, None]
+            x = self.decoder[i](x, kind, heads, ffn, None, allowed, keys, caches and caches[i][:2])
+        if caches:
+            caches[0][2]["tokens"] = start + 1
+        return F.linear(x, self.embedding[:, :width])
+
+    def new_caches(self, arch=None):
+        """Empty caches of each decoder layer; the first counts the tokens."""
+        return [({}, {}, {"tokens": 0}) for _ in (arch or self.arch)["decoder"]["types"]]
+
+    def forward(self, source, target, arch=None):
+        arch = self.space.validate(arch) if arch else self.arch
+        return self.decode(target, self.encode(source, arch), arch)
+
+    def divergence(self, arch):
+        """Mean divergence, in nats, of the shared taps that the arch reads (see SharedWeight); 0 if none."""
+        terms = []
+        for part in ("encoder", "decoder"):
+            for block, kind in zip(getattr(self, part), arch[part]["types"]):
+                taps = block.light[block.key(kind)].taps if kind[-1] != "T" else None
+                if taps is not None and taps.slope:
+                    terms.append(taps.divergence("conv" if kind[-1] == "C" else "add"))
+        return sum(terms) / max(1, len(terms))
+
+    @torch.no_grad()
+    def extract(self, arch):
+        """The arch as a Translator of its own sizes, with copies of what it reads here: equal output."""
+        network = Translator(self.space, self.vocabulary, arch, self.sharing, 0, self.dropout, self.bits)
+        for name, layer in network.named_modules():
+            whole = self.get_submodule(name)
+            for key, own in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+                shared = isinstance(layer, SharedWeight)
+                read = whole.weight_for(*layer.readers) if shared else getattr(whole, key)
+                own.copy_(read[tuple(map(slice, own.shape))])
+        return network.train(self.training)
 
 
 # ------------------------------------------------------------------------------------ the operator table

@@ -17,16 +17,20 @@ an interruption: the losses are those of an uninterrupted run. Every run logs to
 
 import argparse
 import gzip
+import hashlib
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import time
 import zipfile
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,11 +38,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from shiftaddnas import SHARING, Supernet, build, find_space
+from shiftaddnas import EOS, PAD, SHARING, UNK, Supernet, TokenSpace, Translator, build, find_space
 
 
 def flag(default, text, **limits):
-    """A dataclass field that becomes a flag; limits: low (inclusive), above (exclusive), choices."""
+    """A dataclass field that becomes a flag; limits: low (inclusive), above (exclusive), choices; only: the
+    kind of space, "translation", that it belongs to."""
     return field(default=default, metadata={"help": text, **limits})
 
 
@@ -47,20 +52,50 @@ class Config:
     """Flags of train.py; also stored in each checkpoint."""
 
     space: str = flag("fashion", "search space")
+    recipe: str = flag("", "settings to start from, a key of RECIPES in train.py; default: the space's")
     arch: str = flag("", "train this network, not the supernet: an arch string or a .json file with one")
     sharing: str = flag("heterogeneous", "weights of conv, shift and add", choices=tuple(SHARING))
     kl_weight: float = flag(0.01, "weight of the divergences of shared weights", low=0)
     kl: str = flag("density", "their form", choices=("density", "official"))
     data: str = flag("", "folder of another data set (default: the embedded Fashion-MNIST)")
-    epochs: int = flag(7, "passes over the training images", low=1)
-    batch: int = flag(100, "images a step", low=2)
-    lr: float = flag(4e-3, "peak learning rate (AdamW, one epoch of warm-up, then cosine to 0)", above=0)
+    epochs: int = flag(7, "passes over the training data", low=1)
+    batch: int = flag(100, "images or sentences of a forward pass", low=2)
+    accumulate: int = flag(1, "forward passes a step, all with one arch", low=1)
+    lr: float = flag(4e-3, "peak learning rate of AdamW", above=0)
+    schedule: str = flag("cosine", "of the learning rate after warm-up", choices=("cosine", "inverse-sqrt"))
+    warmup: int = flag(0, "steps of linear warm-up; 0: an epoch", low=0)
+    beta2: float = flag(0.999, "AdamW's second moment", low=0)
     weight_decay: float = flag(0.05, "AdamW decay of weights with more than one dimension", low=0)
+    smoothing: float = flag(0.0, "label smoothing", low=0)
+    dropout: float = flag(0.0, "of a block of full width", low=0, only="translation")
+    bits: int = flag(0, "quantise to so many bits; 0: not", low=0, only="translation")
+    bpe: str = flag("2000", "byte pairs to merge; none: words, for text in pieces", only="translation")
+    max_length: int = flag(200, "longest sentence, in pieces", low=1, only="translation")
+    beam: int = flag(4, "hypotheses a sentence in decoding", low=1, only="translation")
+    length_penalty: float = flag(0.6, "score / length ** this", low=0, only="translation")
     seed: int = flag(0, "seed of initialisation, images and archs", low=0)
     init: str = flag("", "with --arch: start from this supernet checkpoint")
     out: str = flag("out", "output folder")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     resume: bool = flag(False, "continue an interrupted run")
+    translate: str = flag("", "no training: checkpoint of a network that translates standard input")
+
+
+WMT = {"schedule": "cosine", "lr": 1e-3, "warmup": 10000, "beta2": 0.98, "weight_decay": 0.0}
+WMT |= {"smoothing": 0.1, "dropout": 0.3, "bpe": "none", "epochs": 135, "batch": 120, "accumulate": 128}
+WMT |= {"bits": 8}
+IWSLT = WMT | {"schedule": "inverse-sqrt", "lr": 5e-4, "weight_decay": 1e-4, "dropout": 0.375, "epochs": 45}
+IWSLT |= {"accumulate": 1, "bits": 0, "beam": 5, "length_penalty": 1.0}
+RECIPES = {  # name -> settings other than Config's; the first of a space is used if none is named
+    "translation": {"schedule": "inverse-sqrt", "beta2": 0.98, "weight_decay": 0.0, "smoothing": 0.1}
+    | {"dropout": 0.1, "epochs": 6, "batch": 64, "lr": 2e-3, "out": "out/translation"},
+    "wmt14_en_de": WMT,  # official supernet: 8 GPUs x 16 passes of 4,096 tokens a step, 40,000 steps
+    "wmt14_en_de-subnet": WMT | {"warmup": 4000, "bits": 0},
+    "wmt14_en_fr": WMT,
+    "wmt14_en_fr-subnet": WMT | {"warmup": 4000, "bits": 0},
+    "iwslt14_de_en": IWSLT,
+    "iwslt14_de_en-subnet": IWSLT | {"warmup": 4000},
+}
 
 
 # ----------------------------------------------------------------------------------------------- flags
@@ -69,7 +104,8 @@ class Config:
 def parse(config_class, manual, argv=None, hidden=()):
     """Command line -> config_class instance; `hidden` fields get no flag. ValueError for a bad value."""
     parser = argparse.ArgumentParser(
-        description=manual, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=manual, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     for f in fields(config_class):
         if f.name in hidden:
@@ -78,12 +114,17 @@ def parse(config_class, manual, argv=None, hidden=()):
         if f.type is bool or f.type == "bool":
             parser.add_argument(name, action="store_true", help=f.metadata["help"])
         else:
-            parser.add_argument(
-                name, type=type(f.default), default=f.default, metavar=f.name.upper(), help=text
-            )
-    config = config_class(**vars(parser.parse_args(argv)))
+            parser.add_argument(name, type=type(f.default), metavar=f.name.upper(), help=text)
+    given = vars(parser.parse_args(argv))
+    space = find_space(given.get("space", "fashion"))
+    recipe = given.get("recipe", "")
+    if recipe and recipe not in RECIPES:
+        raise ValueError(f"--recipe {recipe!r} is unknown; known: {', '.join(RECIPES)}")
+    config = config_class(**RECIPES.get(recipe or space.name, {}) | given)
     for f in fields(config_class):
         check_flag(f, getattr(config, f.name))
+        if f.name in given and f.metadata.get("only") and not isinstance(space, TokenSpace):
+            raise ValueError(f"--{f.name.replace('_', '-')} is for translation, not for space {space.name}")
     return config
 
 
@@ -119,14 +160,23 @@ def run_command(main):
 
 
 def read_arch(space, text):
-    """An arch string, or JSON with one under the key "arch", as text or a .json file -> validated arch."""
+    """An arch string, or JSON, as text or a .json file, with an arch under the key "arch" or, in translation,
+    the arch itself -> validated arch."""
     if text.endswith(".json") or text.lstrip().startswith("{"):
         try:
-            content = text if text.lstrip().startswith("{") else Path(text).read_text()
-            text = json.loads(content)["arch"]
+            content = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+            text = content if "encoder" in content else content["arch"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f'{text} is not JSON with a key "arch"') from None
     return space.validate(text)
+
+
+def file_name(arch):
+    """A name for the files of an arch: cc-sa-tt; types and a hash in translation."""
+    if isinstance(arch, str):
+        return arch.replace("/", "-")
+    types = "-".join("".join(arch[part]["types"]) for part in ("encoder", "decoder"))
+    return f"{types}-{hashlib.sha256(json.dumps(arch, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -155,6 +205,32 @@ class Data(NamedTuple):
     test: Split
     mean: torch.Tensor  # (C, 1, 1) of the training images
     std: torch.Tensor
+
+    def describe(self):
+        """What a checkpoint keeps of the data."""
+        return {}
+
+    def size(self):
+        """Number of training images."""
+        return len(self.train.index)
+
+    def epoch(self, batch, generator):
+        """Rows of each step of an epoch, (steps, batch), in a new order."""
+        n = self.size()
+        batch = min(batch, n)
+        return torch.randperm(n, generator=generator)[: n // batch * batch].view(-1, batch)
+
+    def batch(self, rows, generator):
+        """Augmented x (B, C, H, W) and labels of some training rows."""
+        x, y = self.train.batch(rows.numpy())
+        return augment((x - self.mean) / self.std, generator), y
+
+
+def load(config, space):
+    """Images or sentences, as the space asks for."""
+    if isinstance(space, TokenSpace):
+        return load_sentences(config)
+    return load_data(config.data, space)
 
 
 def load_data(path, space):
@@ -291,6 +367,207 @@ def augment(x, generator):
     return padded[image, channel, rows, columns[:, None, None, :]]
 
 
+# ------------------------------------------------------------------------------------------- sentences
+
+
+class Vocabulary:
+    """Text <-> ids. Pieces are bytes, each shown as the character of its number, joined by `merges` (byte-pair
+    encoding), and decode(encode(text)) == text; or, if merges is None, words between spaces."""
+
+    def __init__(self, pieces, merges=None):
+        self.pieces, self.merges, self.known = pieces, merges, {}
+        self.ids = {piece: number for number, piece in enumerate(pieces, UNK + 1)}
+        self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges or [])}
+
+    def __len__(self):
+        return len(self.pieces) + UNK + 1
+
+    def encode(self, text):
+        """Ids of a text, EOS not included."""
+        if self.merges is None:
+            return [self.ids.get(word, UNK) for word in text.split()]
+        return [number for word in byte_words(text) for number in self.encode_word(word)]
+
+    def encode_word(self, word):
+        """Ids of one word: the earliest learnt of its pairs is joined until there is none."""
+        if word not in self.known:
+            pieces = tuple(word)
+            while pairs := [pair for pair in zip(pieces, pieces[1:]) if pair in self.ranks]:
+                pieces = join_pair(pieces, min(pairs, key=self.ranks.get))
+            self.known[word] = [self.ids[piece] for piece in pieces]
+        return self.known[word]
+
+    def decode(self, ids):
+        """Text of ids; special ids are left out (an unknown word is <unk>), and "@@ " of official texts."""
+        if self.merges is None:
+            words = ["<unk>" if i == UNK else self.pieces[i - UNK - 1] for i in ids if i >= UNK]
+            return " ".join(words).replace("@@ ", "")
+        pieces = "".join(self.pieces[i - UNK - 1] for i in ids if i > UNK)
+        return pieces.encode("latin-1").decode("utf-8", "replace")
+
+
+def byte_words(text):
+    """Words (each with the space before it), punctuation and other space, as byte strings in latin-1."""
+    return [part.encode().decode("latin-1") for part in re.findall(r" ?\w+| ?[^\w\s]+|\s+", text)]
+
+
+def join_pair(pieces, pair):
+    """The pieces with each occurrence of the pair, from the left, joined to one."""
+    joined, i = [], 0
+    while i < len(pieces):
+        width = 2 if pieces[i : i + 2] == pair else 1
+        joined.append("".join(pieces[i : i + width]))
+        i += width
+    return tuple(joined)
+
+
+def learn_bytes(texts, count):
+    """Vocabulary of 256 bytes and up to `count` merges: each joins the most frequent pair of neighbours."""
+    words = Counter(word for text in texts for word in byte_words(text))
+    split, counts = [tuple(word) for word in words], list(words.values())
+    pairs, where, merges = Counter(), defaultdict(set), []
+
+    def tally(n, sign):
+        for pair in zip(split[n], split[n][1:]):
+            pairs[pair] += sign * counts[n]
+            where[pair].add(n)
+            if not pairs[pair]:
+                del pairs[pair], where[pair]
+
+    for n in range(len(split)):
+        tally(n, 1)
+    while len(merges) < count and pairs:
+        best, frequency = max(pairs.items(), key=itemgetter(1))
+        if frequency < 2:
+            break
+        merges.append(best)
+        for n in sorted(where[best]):
+            tally(n, -1)
+            split[n] = join_pair(split[n], best)
+            tally(n, 1)
+    return Vocabulary([*map(chr, range(256)), *map("".join, merges)], merges)
+
+
+class Sentences(NamedTuple):
+    """Splits as lists of (source text, target text, source ids, target ids), and what made the ids."""
+
+    vocabulary: Vocabulary
+    train: list
+    val: list
+    test: list
+
+    def describe(self):
+        """What a checkpoint keeps of the data, to translate with."""
+        return {"vocabulary": {"pieces": self.vocabulary.pieces, "merges": self.vocabulary.merges}}
+
+    def size(self):
+        """Number of training pairs."""
+        return len(self.train)
+
+    def epoch(self, batch, generator):
+        """Rows of each step of an epoch, (steps, batch): sentences of like length, in a new order."""
+        batch = min(batch, len(self.train))
+        rows = torch.randperm(len(self.train), generator=generator)[: len(self.train) // batch * batch]
+        lengths = torch.tensor([len(self.train[row][3]) for row in rows.tolist()])
+        steps = rows[lengths.argsort(stable=True)].view(-1, batch)
+        return steps[torch.randperm(len(steps), generator=generator)]
+
+    def batch(self, rows, generator):
+        """(source, target in, target out) of training rows, (B, S), (B, T), (B, T), padded."""
+        return pad_pairs([self.train[row] for row in rows.tolist()])
+
+
+def pad(lists):
+    """Lists of ids -> (B, longest), PAD behind."""
+    longest = max(map(len, lists))
+    return torch.tensor([ids + [PAD] * (longest - len(ids)) for ids in lists])
+
+
+def pad_pairs(pairs):
+    """(source, target in, target out): EOS ends source and target out, and starts target in."""
+    source, target = ([pair[i] for pair in pairs] for i in (2, 3))
+    return (
+        pad([ids + [EOS] for ids in source]), pad([[EOS] + ids for ids in target]),
+        pad([ids + [EOS] for ids in target]),
+    )
+
+
+def load_sentences(config):
+    """Sentences of config.data: a TSV file, two text files "A,B", or six (training, validation, test pairs);
+    "": the embedded Bible verses. Without files for them, validation and test are a fifteenth and a tenth of
+    the lines, drawn with seed 0. Pairs longer than --max-length are left out and counted on the screen.
+    ValueError that names file and line for text that is not UTF-8, unequal line counts, and lines empty on
+    one side."""
+    paths = (config.data or str(Path(__file__).parent / "data" / "bible_en_es.tsv.gz")).split(",")
+    if len(paths) == 1:
+        parts = [read_tsv(paths[0])]
+    elif len(paths) in (2, 6):
+        parts = [read_pair(*paths[i : i + 2]) for i in range(0, len(paths), 2)]
+    else:
+        raise ValueError(f"--data takes a TSV file, or 2 or 6 text files joined by commas, got {len(paths)}")
+    if len(parts) == 1:
+        order = np.random.default_rng(0).permutation(len(parts[0]))
+        texts, cut = [parts[0][i] for i in order], (len(order) // 15, len(order) // 15 + len(order) // 10)
+        parts = [texts[cut[1] :], texts[: cut[0]], texts[cut[0] : cut[1]]]
+    if min(map(len, parts)) < 1:
+        raise ValueError(f"{config.data}: sentence pairs are missing, a split needs one, a single file 15")
+    if config.bpe == "none":
+        words = Counter(word for pair in parts[0] for text in pair for word in text.split())
+        vocabulary = Vocabulary([word for word, _ in words.most_common()])
+    elif config.bpe.isdecimal():
+        vocabulary = learn_bytes((text for pair in parts[0] for text in pair), int(config.bpe))
+    else:
+        raise ValueError(f"--bpe {config.bpe!r} must be a number of merges or none")
+    splits = []
+    for name, pairs in zip(("training", "validation", "test"), parts):
+        pairs = [(*pair, *map(vocabulary.encode, pair)) for pair in pairs]
+        splits.append([pair for pair in pairs if max(map(len, pair[2:])) <= config.max_length])
+        if left_out := len(pairs) - len(splits[-1]):
+            print(f"{left_out} of {len(pairs)} {name} pairs left out: over --max-length {config.max_length}")
+        if not splits[-1]:
+            raise ValueError(f"every {name} pair is over --max-length {config.max_length}")
+    return Sentences(vocabulary, *splits)
+
+
+def read_lines(path):
+    """Lines of a UTF-8 text file, gzipped or not; ValueError with the number of a line that is not."""
+    raw = Path(path).read_bytes()
+    lines = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).split(b"\n")
+    texts = []
+    for number, line in enumerate(lines[:-1] if lines[-1] == b"" else lines, 1):
+        try:
+            texts.append(line.decode("utf-8").strip("\r"))
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}, line {number} is not UTF-8") from None
+    return texts
+
+
+def read_tsv(path):
+    """[(source, target)] of a file with a tab in each line."""
+    rows = [line.split("\t") for line in read_lines(path)]
+    for number, row in enumerate(rows, 1):
+        if len(row) != 2:
+            raise ValueError(f"{path}, line {number} has {len(row) - 1} tabs, needs one: source<TAB>target")
+    return check_pairs(rows, path)
+
+
+def read_pair(source, target):
+    """[(source, target)] of two files, a sentence a line."""
+    lines = read_lines(source), read_lines(target)
+    if len(lines[0]) != len(lines[1]):
+        raise ValueError(f"{source} has {len(lines[0])} lines, {target} {len(lines[1])}: they must be equal")
+    return check_pairs(zip(*lines), f"{source}, {target}")
+
+
+def check_pairs(rows, where):
+    """The pairs without those empty on both sides; ValueError for one empty on one side only."""
+    pairs = [(source.strip(), target.strip()) for source, target in rows]
+    for number, (source, target) in enumerate(pairs, 1):
+        if bool(source) != bool(target):
+            raise ValueError(f"{where}, line {number} is empty on one side only")
+    return [pair for pair in pairs if pair[0]]
+
+
 # ------------------------------------------------------------------------------------------- files
 
 
@@ -359,15 +636,21 @@ def make_optimizer(model, config):
         {"params": [p for p in parameters if p.ndim > 1]},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    betas = (0.9, config.beta2)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
+    )
 
 
 def learning_rate(config, step, per_epoch):
-    """One epoch of linear warm-up, then a half cosine to 0 at the last step."""
+    """Linear warm-up (at most a quarter of the steps), then a half cosine to 0 at the last step, or
+    proportional to the inverse square root of the step."""
     total = config.epochs * per_epoch
-    warm = min(per_epoch, total // 4)
+    warm = min(config.warmup or per_epoch, total // 4)
     if step < warm:
         return config.lr * (step + 1) / warm
+    if config.schedule == "inverse-sqrt":
+        return config.lr * math.sqrt(max(1, warm) / (step + 1))
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
@@ -381,53 +664,66 @@ def train(config, space, data, model, arch, path):
     """
     model.to(config.device).train()
     optimizer, generator = make_optimizer(model, config), torch.Generator().manual_seed(config.seed)
-    per_epoch = max(1, len(data.train.index) // config.batch)
+    per_epoch = max(1, data.size() // (config.batch * config.accumulate))
     step, steps, order, losses = 0, config.epochs * per_epoch, None, []
+    torch.manual_seed(config.seed)  # of dropout
     if config.resume and os.path.exists(path):
         step, order = restore(path, config, space, arch, model, optimizer, generator)
-    log = open_log(Path(path).with_suffix(".jsonl"), step)
-    first, started = step, time.monotonic()
-    save_after = started
-    with log, interruptible() as stop:
+    first, save_after = step, (started := time.monotonic())
+    with open_log(Path(path).with_suffix(".jsonl"), step) as log, interruptible() as stop:
         while step < steps:
             if step % per_epoch == 0:
-                order = torch.randperm(len(data.train.index), generator=generator)
-            at = step % per_epoch * config.batch
-            x, y = data.train.batch(order[at : at + config.batch].numpy())
-            x = augment((x - data.mean) / data.std, generator)
-            drawn = arch or space.sample(generator)
-            loss, loss_ce = losses_of(config, model, arch, drawn, x, y, generator)
-            if not torch.isfinite(loss):
-                raise ValueError(f"the loss became {loss.item()} at step {step} with arch {drawn}")
+                order = data.epoch(config.batch * config.accumulate, generator)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, per_epoch)
+            parts = order[step % per_epoch].chunk(config.accumulate)
+            batches = [data.batch(rows, generator) for rows in parts]
+            drawn = arch or space.sample(generator)
             optimizer.zero_grad()
-            loss.backward()
+            loss, loss_ce = backward(config, model, arch, drawn, batches, generator)
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss became {loss} at step {step} with arch {drawn}")
             optimizer.step()
             step += 1
-            losses.append(loss.item())
-            line = {"step": step, "loss": loss.item(), "ce": loss_ce.item(), "arch": drawn}
-            log.write(json.dumps(line) + "\n")
+            losses.append(loss)
+            log.write(json.dumps({"step": step, "loss": loss, "ce": loss_ce, "arch": drawn}) + "\n")
             if step % per_epoch == 0:
                 print_step(path, step, steps, losses, (time.monotonic() - started) / (step - first))
                 losses = []
-            if stop or step == steps or (begun := time.monotonic()) > save_after:
+            begun = time.monotonic()
+            if stop or step == steps or begun > save_after:
                 log.flush()
-                save(checkpoint(config, space, arch, model, optimizer, generator, step, order), path)
+                state = checkpoint(config, space, arch, model, optimizer, generator, step, order)
+                save(state | data.describe(), path)
                 save_after = time.monotonic() + (time.monotonic() - begun) / SAVE_SHARE
             if stop:
                 raise KeyboardInterrupt
     return model.eval()
 
 
-def losses_of(config, model, arch, drawn, x, y, generator):
-    """(cross-entropy + kl_weight * divergence, cross-entropy); fixed networks have no divergence."""
-    x, y = x.to(config.device), y.to(config.device)
+def backward(config, model, arch, drawn, batches, generator):
+    """Adds up the gradients of one step's batches; (loss, cross-entropy), means over them, as numbers."""
+    means = [0.0, 0.0]
+    for batch in batches:
+        pair = losses_of(config, model, arch, drawn, [t.to(config.device) for t in batch], generator)
+        (pair[0] / len(batches)).backward()
+        means = [mean + loss.item() / len(batches) for mean, loss in zip(means, pair)]
+    return means
+
+
+def losses_of(config, model, arch, drawn, batch, generator):
+    """(cross-entropy + kl_weight * divergence, cross-entropy); fixed networks have no divergence. In
+    translation it is the cross-entropy a target token, padding left out."""
+    *inputs, y = batch
+    logits = model(*inputs) if arch else model(*inputs, drawn)
+    loss_ce = F.cross_entropy(
+        logits.flatten(0, -2), y.flatten(), ignore_index=PAD if isinstance(model, Translator) else -100,
+        label_smoothing=config.smoothing,
+    )
     if arch:
-        loss_ce = F.cross_entropy(model(x), y)
         return loss_ce, loss_ce
-    loss_ce = F.cross_entropy(model(x, drawn), y)
-    return loss_ce + config.kl_weight * model.divergence(drawn, config.kl, generator), loss_ce
+    settings = () if isinstance(model, Translator) else (config.kl, generator)
+    return loss_ce + config.kl_weight * model.divergence(drawn, *settings), loss_ce
 
 
 def checkpoint(config, space, arch, model, optimizer, generator, step, order):
@@ -506,31 +802,169 @@ def recalibrate(network, data, images=500, device="cpu"):
     return network.eval()
 
 
+@torch.no_grad()
+def token_loss(model, pairs, arch=None, device="cpu", batch=200):
+    """(cross-entropy in nats a target token, share of tokens predicted right in percent) on sentence pairs,
+    the true words before each given."""
+    model.eval()
+    pairs, loss, right, count = sorted(pairs, key=lambda pair: len(pair[3])), 0.0, 0, 0
+    for start in range(0, len(pairs), batch):
+        source, target, y = (t.to(device) for t in pad_pairs(pairs[start : start + batch]))
+        logits = model(source, target, arch).flatten(0, 1)
+        loss += F.cross_entropy(logits, y.flatten(), ignore_index=PAD, reduction="sum").item()
+        right += ((logits.argmax(1) == y.flatten()) & (y.flatten() != PAD)).sum().item()
+        count += (y != PAD).sum().item()
+    return loss / count, 100 * right / count
+
+
+@torch.no_grad()
+def beam_search(model, source, beam=4, penalty=0.6, limit=None):
+    """Best translation of each row of source (B, S): a list of B lists of ids.
+
+    Keeps `beam` beginnings of a sentence; one that ends, by EOS or at `limit` tokens (default 2 S + 10), is
+    scored by log p / length ** penalty, its EOS counted, and leaves its place empty. Ends when no beginning
+    can beat the best ended one. beam 1 is greedy decoding.
+    """
+    B, limit, outputs = len(source), limit or 2 * source.shape[1] + 10, model.encode(source)
+    memory = [x.repeat_interleave(beam, 0) for x in outputs[0]], outputs[1].repeat_interleave(beam, 0)
+    caches, tokens = model.new_caches(), source.new_full((B * beam, 1), EOS)
+    scores = torch.full((B, beam), -math.inf, device=source.device)
+    scores[:, 0], best = 0.0, [(-math.inf, [])] * B
+    written = source.new_zeros(B, beam, 0)
+    for length in range(1, limit + 1):
+        log_p = model.decode(tokens, memory, None, caches)[:, 0].log_softmax(1).view(B, beam, -1)
+        log_p[..., PAD] = -math.inf
+        scores, index = (scores.unsqueeze(2) + log_p).flatten(1).topk(beam)
+        origin, token = index // log_p.shape[2], index % log_p.shape[2]
+        written = written.gather(1, origin.unsqueeze(2).expand(-1, -1, length - 1))
+        ended = (token == EOS) | (length == limit)
+        for b, k in (ended & scores.isfinite()).nonzero().tolist():
+            final = scores[b, k].item() / length**penalty
+            words = written[b, k].tolist() + [token[b, k].item()] * (token[b, k].item() != EOS)
+            best[b] = max(best[b], (final, words))
+        scores = scores.masked_fill(ended, -math.inf)
+        written = torch.cat([written, token.unsqueeze(2)], 2)
+        hope = scores.amax(1) / limit**penalty
+        if all(score >= bound for (score, _), bound in zip(best, hope.tolist())):
+            break
+        tokens, rows = token.view(-1, 1), (origin + beam * torch.arange(B, device=origin.device)[:, None])
+        for cache in (part for layer in caches for part in layer[:2]):
+            for key, kept in cache.items():
+                kept = kept if isinstance(kept, tuple) else (kept,)
+                kept = tuple(t.index_select(0, rows.flatten()) for t in kept)
+                cache[key] = kept if key == "kv" else kept[0]
+    return [words for _, words in best]
+
+
+def translate(model, vocabulary, texts, config, batch=50):
+    """Translations of texts, by beam search, sentences of like length together."""
+    model.eval()
+    ids = [vocabulary.encode(text)[: config.max_length] + [EOS] for text in texts]
+    order, found = sorted(range(len(ids)), key=lambda row: len(ids[row])), [""] * len(ids)
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        source = pad([ids[row] for row in rows]).to(config.device)
+        for row, words in zip(rows, beam_search(model, source, config.beam, config.length_penalty)):
+            found[row] = vocabulary.decode(words).strip() if texts[row].strip() else ""
+    return found
+
+
+def tokenise_13a(line):
+    """Words as mteval-v13a, and so sacreBLEU's default, has them: western punctuation stands alone."""
+    line = line.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    for entity, character in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
+        line = line.replace(entity, character)
+    line = re.sub(r"([{-~[-` -&(-+:-@/])", r" \1 ", f" {line} ")
+    line = re.sub(r"([^0-9])([.,])", r"\1 \2 ", line)
+    line = re.sub(r"([.,])([^0-9])", r" \1 \2", line)
+    return re.sub(r"([0-9])(-)", r"\1 \2 ", line).split()
+
+
+def bleu(hypotheses, references):
+    """Corpus BLEU of one reference a sentence, as sacreBLEU's default: 13a words, exponential smoothing.
+
+        BLEU = min(1, e^(1 - r/h)) * (p1 p2 p3 p4)^(1/4) * 100,  h, r lengths of hypotheses and references
+
+    p_n: share of the n-grams that the reference has too, each counted at most as often as there; the k-th p_n
+    without a match is 1 / (2^k * n-grams). 0 if nothing matches or no sentence has n words.
+    """
+    if len(hypotheses) != len(references):
+        raise ValueError(f"{len(hypotheses)} hypotheses but {len(references)} references")
+    matched, total, lengths = [0] * 4, [0] * 4, [0, 0]
+    for pair in zip(hypotheses, references):
+        words = [tokenise_13a(text.rstrip()) for text in pair]
+        lengths = [length + len(own) for length, own in zip(lengths, words)]
+        for n in range(4):
+            own, other = (Counter(zip(*(text[i:] for i in range(n + 1)))) for text in words)
+            matched[n] += (own & other).total()
+            total[n] += own.total()
+    if not any(matched) or 0 in total:
+        return 0.0
+    unmatched, logs = 0, []
+    for hits, count in zip(matched, total):
+        unmatched += hits == 0
+        logs.append(math.log((hits or 2.0**-unmatched) / count))
+    brevity = min(1.0, math.exp(1 - lengths[1] / lengths[0]))
+    return 100 * brevity * math.exp(sum(logs) / 4)
+
+
+def make_model(config, space, data, arch):
+    """An untrained network of the arch, or the supernet if it is ""."""
+    if isinstance(space, TokenSpace):
+        size = len(data.vocabulary)
+        return Translator(space, size, arch, config.sharing, config.seed, config.dropout, config.bits)
+    return build(space, arch, seed=config.seed) if arch else Supernet(space, config.sharing, config.seed)
+
+
+def tested(config, data, network):
+    """What a trained network reaches on the test split: {"test_accuracy"}, in translation "bleu" too."""
+    if not isinstance(data, Sentences):
+        return {"test_accuracy": accuracy(network, data, data.test, config.device)}
+    _, right = token_loss(network, data.test, device=config.device)
+    found = translate(network, data.vocabulary, [pair[0] for pair in data.test], config)
+    return {"test_accuracy": right, "bleu": bleu(found, [pair[1] for pair in data.test])}
+
+
+def translate_stdin(config):
+    """Writes the translation of each line of standard input, in batches of what is there."""
+    state = load_checkpoint(config.translate)
+    space = find_space(state["space"])
+    if not isinstance(space, TokenSpace) or not state["arch"]:
+        raise ValueError(f"--translate {config.translate}: not the checkpoint of one translation network")
+    vocabulary = Vocabulary(**state["vocabulary"])
+    trained = Config(**state["config"])
+    model = make_model(trained, space, Sentences(vocabulary, [], [], []), state["arch"])
+    model.load_state_dict(state["model"])
+    model.to(config.device)
+    for line in sys.stdin:
+        print(*translate(model, vocabulary, [line.strip()], config), flush=True)
+
+
 def main(argv=None):
     """The command line of train.py."""
     config = parse(Config, __doc__, argv)
+    check_device(config.device)
+    if config.translate:
+        return translate_stdin(config)
     space = find_space(config.space)
     arch = read_arch(space, config.arch) if config.arch else ""
     if config.init and not arch:
         raise ValueError("--init needs --arch: it starts one network from a supernet's weights")
-    check_device(config.device)
-    data = load_data(config.data, space)
+    data = load(config, space)
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    path = os.path.join(config.out, (arch.replace("/", "-") or "supernet") + ".pt")
+    path = os.path.join(config.out, (file_name(arch) or "supernet") + ".pt")
     if config.init:
         model = load_supernet(config.init, space).extract(arch)
     else:
-        model = build(space, arch, seed=config.seed) if arch else Supernet(space, config.sharing, config.seed)
+        model = make_model(config, space, data, arch)
     print(
         f"{arch or 'supernet'} of space {space.name} | "
         f"{sum(p.numel() for p in model.parameters()):,} parameters | "
-        f"{len(data.train.index)} images | {config.device}, {torch.get_num_threads()} threads"
+        f"{data.size()} training examples | {config.device}, {torch.get_num_threads()} threads"
     )
     model = train(config, space, data, model, arch, path)
-    if arch:
-        print(f"test accuracy {accuracy(model, data, data.test, config.device):.2f} % | saved {path}")
-    else:
-        print(f"saved {path}")
+    result = "".join(f"{name} {value:.2f} | " for name, value in tested(config, data, model).items() if arch)
+    print(f"{result}saved {path}")
 
 
 if __name__ == "__main__":
