@@ -47,7 +47,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from shiftaddnas import OPS, build, cpu_model, find_space, kernel_build
+from shiftaddnas import OPS, SOURCES, TokenSpace, build, cpu_model, find_space, kernel_build
 from train import read_arch, write_text
 
 # pJ an operation, by bits (45 nm: ShiftAddNet Table 1; official get_unit_energy)
@@ -250,18 +250,23 @@ def operations(layers):
 
 
 def count_params(space, arch):
-    """Number of parameters of the network of an arch, built without memory for them."""
+    """Number of parameters of the network of an arch, built without memory for them; in translation without
+    the embedding."""
+    if isinstance(space, TokenSpace):
+        return space.params(arch)
     with torch.device("meta"):
         return sum(p.numel() for p in build(space, arch).parameters())
 
 
 def network_layers(space, arch, image=None):
-    """Layers of one network in execution order, batch 1 (official cal_energy.py).
+    """Layers of one network in execution order, batch 1 (official cal_energy.py); see token_layers too.
 
     space: SearchSpace or its name; image: side or (H, W), default space.image. Raises ValueError for an
     unknown space, an arch of another space and a bad image size.
     """
     space = find_space(space) if isinstance(space, str) else space
+    if isinstance(space, TokenSpace):
+        return token_layers(space, arch)
     image = space.image if image is None else image
     size = tuple(image) if isinstance(image, (tuple, list)) else (image, image)
     if len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
@@ -334,6 +339,42 @@ def transformer_layers(width, ffn, heads, layers=6, qkv=None, tokens=30):
     attention = [dense(width, qkv)] * 3 + products + [dense(qkv, width)]
     feed_forward = [dense(width, ffn), dense(ffn, width)]
     return (attention + feed_forward) * layers + (attention * 2 + feed_forward) * layers
+
+
+def token_layers(space, arch, tokens=30):
+    """Layers of an arch of a TokenSpace, `tokens` source and target tokens in one pass (official sim).
+
+    A light operator over K taps is charged as K inputs and C outputs a token: exact MACs and outputs. Its
+    projections are multiplications, the shift layer of S is a shift (official: sqrt(K) x sqrt(K) kernels,
+    both projections half a shift, the shift layer left out). Embedding, layer norm, softmax, logits: left out.
+    """
+    encoder, decoder, qkv = space.validate(arch)["encoder"], arch["decoder"], space.qkv
+
+    def dense(in_c, out_c, op="linear", rows=tokens):
+        return Layer(op, rows, 1, 1, 1, 1, in_c, 1, 1, out_c)
+
+    def attention(width, memory, heads, keys):
+        products = [_matmul(heads * tokens, qkv // heads, keys), _matmul(heads * tokens, keys, qkv // heads)]
+        return [dense(width, qkv), *[dense(memory, qkv, rows=keys)] * 2, *products, dense(qkv, width)]
+
+    def mixing(kind, width, heads, taps):
+        part, layers = width // len(kind), []
+        if kind[0] == "T":
+            layers += attention(part, part, heads, tokens)
+        if kind[-1] != "T":
+            light = dense(taps, part, "conv" if kind[-1] == "C" else "add")
+            layers += [dense(part, part), *[dense(part, part, "shift")] * (kind[-1] == "S"), light]
+            layers += [dense(part, part)]
+        return layers
+
+    layers, E, D = [], encoder["embed_dim"], decoder["embed_dim"]
+    for *genes, ffn, taps in zip(encoder["types"], encoder["heads"], encoder["ffn"], space.kernels):
+        layers += [*mixing(genes[0], E, genes[1], taps), dense(E, ffn), dense(ffn, E)]
+    names = ("types", "self_heads", "cross_heads", "sources", "ffn")
+    for *genes, ffn, taps in zip(*(decoder[name] for name in names), space.kernels):
+        layers += mixing(genes[0], D, genes[1], taps)
+        layers += [*attention(D, E, genes[2], SOURCES[genes[3]] * tokens), dense(D, ffn), dense(ffn, D)]
+    return layers
 
 
 # ----------------------------------------------------------------------------------- §3 measured latency
@@ -429,7 +470,8 @@ TRANSFORMERS = (("base", (512, 2048, 8)), ("big, qkv 512", (1024, 4096, 16, 6, 5
 
 def report(space, arch, image=None, bits=32, accounting="official", pe_limit=192):
     """Everything the command line shows of one network, as a dict of plain values; space: its name."""
-    layers = network_layers(space, arch, image)
+    layers, tokens = network_layers(space, arch, image), isinstance(find_space(space), TokenSpace)
+    size = {"flops": find_space(space).flops(arch)} if tokens else {"image": [layers[0].in_h, layers[0].in_w]}
 
     def costs(own):
         cost = network_cost(own, bits, accounting, pe_limit)
@@ -437,7 +479,7 @@ def report(space, arch, image=None, bits=32, accounting="official", pe_limit=192
 
     counts = Counter(layer.op for layer in layers)
     by_op = {op: {"layers": n, **costs([x for x in layers if x.op == op])} for op, n in counts.items()}
-    return {"space": space, "arch": arch, "image": [layers[0].in_h, layers[0].in_w], "accounting": accounting,
+    return {"space": space, "arch": arch, **size, "accounting": accounting,
             "bits": bits, "pe_limit": pe_limit, **costs(layers), "layers": dict(counts), "by_op": by_op,
             "params": count_params(find_space(space), arch)}
 
@@ -549,6 +591,10 @@ def _run(args):
         raise ValueError('give --arch, e.g. "cc/cc/tt" in space fashion')
     space = find_space(args.space)
     archs = [read_arch(space, arch) for arch in (args.arch, *args.compare)]
+    if isinstance(space, TokenSpace):
+        if args.image or args.measure:
+            raise ValueError(f"--image and --measure are for images, not for space {space.name}")
+        args.image = "1"
     sides = (args.image or str(space.image)).split("x")
     image = tuple(int(side) if side.isdecimal() else side for side in sides)
     image = image * 2 if len(image) == 1 else image
@@ -571,8 +617,9 @@ def _run(args):
 def _text(results):
     """The first network by operator and memory level, then a line for each other, relative to it."""
     columns, first = [*LEVELS, "energy_mj", "latency_ms"], results[0]
-    lines = ["{space} {arch}  image {image[0]}x{image[1]}  {params:,} params  {accounting}, {bits} bits, "
-             "PE limit {pe_limit}".format(**first),
+    size = "image {}x{}".format(*first["image"]) if "image" in first else "30 + 30 tokens"
+    lines = ["{space} {arch}  {size}  {params:,} params  {accounting}, {bits} bits, "
+             "PE limit {pe_limit}".format(size=size, **first),
              f"{'op':8}{'layers':>7}{'MACs/G':>9}" + "".join(f"{name:>12}" for name in columns)]
     for name, row in {**first["by_op"], "total": dict(first, layers=sum(first["layers"].values()))}.items():
         numbers = "".join(f"{row[column]:12.3f}" for column in columns)

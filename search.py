@@ -28,11 +28,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cost_model import measured_latency_ms, measured_table, network_cost, network_layers, operations
-from shiftaddnas import LAPLACE_SCALE, SPACES, Sharing, SharedWeight, Supernet
+from cost_model import count_params, measured_latency_ms, measured_table, network_cost, network_layers
+from cost_model import operations
+from shiftaddnas import LAPLACE_SCALE, SPACES, TYPES, Sharing, SharedWeight, Supernet
+from shiftaddnas import TOKEN_SPACES, TokenSpace
 from shiftaddnas import build, find_space, power_of_two
-from train import Config, accuracy, check_device, flag, load_data, parse, recalibrate, run_command
-from train import load_supernet, train, write_text
+from train import Config, Sentences, accuracy, check_device, file_name, flag, load, load_data, load_supernet
+from train import make_model, parse, recalibrate, run_command, tested, token_loss, train, write_text
 
 TRIES = 200  # draws for one child before the search says that the budget leaves nothing new
 
@@ -42,7 +44,10 @@ class SearchConfig(Config):
     """Flags of search.py: those of train.py (but --arch, --init) and the evolution's."""
 
     budget: float = flag(
-        0.5, "share of the energy of the all-conv network of the same depths; 0: no such limit", low=0
+        0.5,
+        "share of the energy of the all-conv network of the same depths, in translation of the largest "
+        "all-attention network; 0: no such limit",
+        low=0,
     )
     max_energy_mj: float = flag(0.0, "energy limit in mJ; 0: none", low=0)
     max_latency_ms: float = flag(0.0, "simulated latency limit in ms; 0: none", low=0)
@@ -72,9 +77,7 @@ def describe(space, arch, table=None):
     """Costs of one arch: energy_mj, latency_ms (official accounting), params, mults, shifts, adds, macs; with
     a table of measured latencies measured_ms too."""
     layers = network_layers(space, arch)
-    cost = network_cost(layers)
-    with torch.device("meta"):
-        params = sum(p.numel() for p in build(space, arch).parameters())
+    cost, params = network_cost(layers), count_params(space, arch)
     costs = {"energy_mj": cost.energy_mj, "latency_ms": cost.latency_ms, "params": params}
     if table:
         costs["measured_ms"] = measured_latency_ms(space, arch, table)
@@ -99,12 +102,35 @@ def all_of(letter, space, arch):
     )
 
 
+def reference(space, arch):
+    """The network that --budget is a share of: all-conv of the same depths; the largest all-attention one in
+    translation."""
+    return space.extreme(max, "T") if isinstance(space, TokenSpace) else all_of("c", space, arch)
+
+
+def key_of(arch):
+    """An arch as text: the key of scores."""
+    return arch if isinstance(arch, str) else json.dumps(arch)
+
+
+def arch_of(key):
+    """The arch of a key."""
+    return json.loads(key) if key.startswith("{") else key
+
+
+def short(arch):
+    """An arch for a line on the screen: its types, in translation without the sizes."""
+    if isinstance(arch, str):
+        return arch
+    return " / ".join(" ".join(arch[part]["types"]) for part in ("encoder", "decoder"))
+
+
 def limits(config, space, arch):
     """{cost: largest allowed value} for an arch."""
     given = {name: getattr(config, "max_" + name) for name in COSTS}
     found = {name: value for name, value in given.items() if value}
     if config.budget:
-        share = config.budget * network_cost(network_layers(space, all_of("c", space, arch))).energy_mj
+        share = config.budget * network_cost(network_layers(space, reference(space, arch))).energy_mj
         found["energy_mj"] = min(share, found.get("energy_mj", share))
     return found
 
@@ -118,11 +144,15 @@ def fits(config, space, arch):
     return all(costs[name] <= allowed[name] for name in allowed if name != "energy_mj")
 
 
-def cheapest(space, depths, table):
-    """For each cost the least that an arch of these depths needs: every op wherever it is offered, tried."""
-    conv = "/".join("c" * depth for depth in depths)
-    found = [describe(space, all_of(letter, space, conv), table) for letter in "csat"]
-    return {name: min(costs[name] for costs in found) for name in COSTS if name in found[0]}
+def candidates(space):
+    """Archs among which the cheapest of the space are: one op or type everywhere, smallest sizes."""
+    if isinstance(space, TokenSpace):
+        return [space.extreme(min, kind) for kind in TYPES]
+    return [
+        all_of(letter, space, "/".join("c" * depth for depth in depths))
+        for letter in "csat"
+        for depths in space.depths
+    ]
 
 
 # -------------------------------------------------------------------------------------------- evolution
@@ -143,7 +173,7 @@ def evolve(config, space, score, state, report):
         parents = sorted(scores, key=lambda arch: (-scores[arch], arch))[: config.parents]
 
         def pick():
-            return parents[int(torch.randint(len(parents), (), generator=generator))]
+            return arch_of(parents[int(torch.randint(len(parents), (), generator=generator))])
 
         makers = [lambda: space.sample(generator)] * (config.random if parents else config.first)
         if parents:
@@ -156,13 +186,14 @@ def evolve(config, space, score, state, report):
         for make in makers:
             for _ in range(TRIES):
                 child = make()
-                if child not in scores and child not in children and fits(config, space, child):
-                    children[child] = None
+                key = key_of(child)
+                if key not in scores and key not in children and fits(config, space, child):
+                    children[key] = child
                     break
         if not scores and not children:
             raise ValueError(nothing_fits(config, space))
-        for child in children:
-            scores[child] = score(child)
+        for key, child in children.items():
+            scores[key] = score(child)
         state.update(generation=generation, rng=generator.get_state().tolist())
         report(state)
         if not children:
@@ -173,11 +204,11 @@ def evolve(config, space, score, state, report):
 
 def nothing_fits(config, space):
     """The sentence for a budget that no arch meets."""
-    least = [cheapest(space, depths, latency_table(config, space)) for depths in space.depths]
-    need = {name: min(costs[name] for costs in least) for name in least[0]}
-    convs = ["/".join("c" * depth for depth in depths) for depths in space.depths]
-    full = [network_cost(network_layers(space, conv)).energy_mj for conv in convs]
-    share = min(costs["energy_mj"] / energy for costs, energy in zip(least, full))
+    table, found = latency_table(config, space), candidates(space)
+    costs = [describe(space, arch, table) for arch in found]
+    need = {name: min(own[name] for own in costs) for name in COSTS if name in costs[0]}
+    full = [network_cost(network_layers(space, reference(space, arch))).energy_mj for arch in found]
+    share = min(own["energy_mj"] / energy for own, energy in zip(costs, full))
     asked = ", ".join(
         f"--{name.replace('_', '-')} {getattr(config, name)}"
         for name in ("budget", *("max_" + name for name in COSTS))
@@ -186,7 +217,7 @@ def nothing_fits(config, space):
     measured = f"{need['measured_ms']:.4g} ms measured, " if "measured_ms" in need else ""
     return (
         f"no arch of space {space.name} is inside {asked}; the cheapest networks need "
-        f"{need['energy_mj']:.4g} mJ ({share:.2f} of all-conv), {need['latency_ms']:.4g} ms, "
+        f"{need['energy_mj']:.4g} mJ ({share:.2f} of the full one), {need['latency_ms']:.4g} ms, "
         f"{measured}{need['params']} params, {need['macs']} macs"
     )
 
@@ -196,20 +227,26 @@ def nothing_fits(config, space):
 
 def retrain(config, space, data, arch):
     """The network of an arch trained from scratch, with the one recipe of all rivals; kept in the folder."""
-    path = os.path.join(config.out, f"retrain-{arch.replace('/', '-')}.pt")
-    return train(config, space, data, build(space, arch, seed=config.seed), arch, path)
+    path = os.path.join(config.out, f"retrain-{file_name(arch)}.pt")
+    return train(config, space, data, make_model(config, space, data, arch), arch, path)
+
+
+def fitness(config, data, network, arch=None):
+    """Accuracy of a network on the validation images; in translation minus its loss, in nats a token."""
+    if isinstance(data, Sentences):
+        return -token_loss(network, data.val, arch, config.device)[0]
+    return accuracy(network, data, data.val, config.device)
 
 
 def choose(config, space, data, scores, count):
-    """(arch, fitness, validation accuracy) of the `count` fittest archs, retrained, the best one first."""
-    fittest = sorted(scores, key=lambda arch: (-scores[arch], arch))[:count]
+    """(arch, fitness, fitness retrained) of the `count` fittest archs, the best retrained one first."""
+    fittest = sorted(scores, key=lambda key: (-scores[key], key))[:count]
     found = []
-    for arch in fittest:
-        network = retrain(config, space, data, arch)
-        reached = accuracy(network, data, data.val, config.device)
-        found.append((arch, scores[arch], reached))
-        print(f"finalist {arch}: fitness {scores[arch]:.2f} %, validation accuracy retrained {reached:.2f} %")
-    return sorted(found, key=lambda row: (-row[2], -row[1], row[0]))
+    for key in fittest:
+        reached = fitness(config, data, retrain(config, space, data, arch_of(key)))
+        found.append((arch_of(key), scores[key], reached))
+        print(f"finalist {short(arch_of(key))}: fitness {scores[key]:.2f}, retrained {reached:.2f}")
+    return sorted(found, key=lambda row: (-row[2], -row[1], key_of(row[0])))
 
 
 def rivals(config, space, winner):
@@ -217,6 +254,10 @@ def rivals(config, space, winner):
     generator = torch.Generator().manual_seed(config.seed + 1)
     draws = (space.sample(generator) for _ in range(TRIES))
     drawn = next((arch for arch in draws if arch != winner and fits(config, space, arch)), winner)
+    if isinstance(space, TokenSpace):
+        pure = {"all-attention": "T", "all-conv": "C", "all-add": "A", "all-shift": "S"}
+        archs = {name: space.extreme(max, kind) for name, kind in pure.items()}
+        return archs | {"random": drawn, "winner": winner}
     return {
         "all-conv": all_of("c", space, winner),
         "all-shift": all_of("s", space, winner),
@@ -227,17 +268,20 @@ def rivals(config, space, winner):
 
 
 def print_table(rows):
-    """One line a retrained network."""
+    """One line a retrained network; in translation the rivals differ in the encoder's types."""
+    quality = [name for name in ("test_accuracy", "bleu") if name in rows[0]]
+    width = max(len(short(row["arch"])) for row in rows) + 2
+    titles = "".join(f"{name:>15}" for name in quality)
     print(
-        f"\n{'':10}{'arch':16}{'test acc %':>11}{'energy mJ':>11}{'of conv':>9}"
-        f"{'latency ms':>11}{'params':>9}"
-        f"{'mults':>12}{'shifts':>12}{'adds':>12}"
+        f"\n{'':15}{'arch':{width}}{titles}{'energy mJ':>11}{'share':>7}{'latency ms':>11}{'params':>10}"
+        f"{'mults':>13}{'shifts':>12}{'adds':>13}"
     )
     for row in rows:
+        reached = "".join(f"{row[name]:15.2f}" for name in quality)
         print(
-            f"{row['name']:10}{row['arch']:16}{row['test_accuracy']:11.2f}{row['energy_mj']:11.4f}"
-            f"{row['energy_mj'] / rows[0]['energy_mj']:9.0%}{row['latency_ms']:11.4f}{row['params']:9,}"
-            f"{row['mults']:12,}{row['shifts']:12,}{row['adds']:12,}"
+            f"{row['name']:15}{short(row['arch']):{width}}{reached}{row['energy_mj']:11.4f}"
+            f"{row['energy_mj'] / rows[0]['energy_mj']:7.0%}{row['latency_ms']:11.4f}{row['params']:10,}"
+            f"{row['mults']:13,}{row['shifts']:12,}{row['adds']:13,}"
         )
 
 
@@ -249,23 +293,24 @@ def plot_pareto(scores, space, rows, path):
         print("no out/pareto.png: matplotlib is not installed")
         return
     axes = (figure := Figure((6, 4), layout="constrained")).subplots()
+    measure = "bleu" if "bleu" in rows[0] else "test_accuracy"
     axes.scatter(
-        [network_cost(network_layers(space, arch)).energy_mj for arch in scores],
+        [network_cost(network_layers(space, arch_of(key))).energy_mj for key in scores],
         list(scores.values()),
         s=14,
         c="0.6",
         label="scored, validation, inherited weights",
     )
-    for row, marker in zip(rows, "sD^vo"):
+    for row, marker in zip(rows, "sD^vPo"):
         axes.scatter(
             row["energy_mj"],
-            row["test_accuracy"],
+            row[measure],
             s=60,
             marker=marker,
             label=f"{row['name']}, test, retrained",
         )
     axes.set_xlabel("energy (mJ an image, official accounting)")
-    axes.set_ylabel("accuracy (%)")
+    axes.set_ylabel("BLEU; scored: -nats a token" if measure == "bleu" else "accuracy (%)")
     axes.legend(fontsize=7)
     temporary = f"{path}.tmp.png"
     figure.savefig(temporary, dpi=120)
@@ -281,8 +326,9 @@ def search(config, space, data, supernet, path):
     first = state.get("generation", -1) + 1
 
     def score(arch):
-        network = recalibrate(supernet.extract(arch), data, device=config.device)
-        return accuracy(network, data, data.val, config.device)
+        if isinstance(space, TokenSpace):  # no batch norm: nothing to recalibrate
+            return fitness(config, data, supernet, arch)
+        return fitness(config, data, recalibrate(supernet.extract(arch), data, device=config.device))
 
     def report(state):
         write_text(json.dumps({**state, "config": asdict(config)}), path)
@@ -290,7 +336,7 @@ def search(config, space, data, supernet, path):
         rate = (time.monotonic() - started) / (state["generation"] + 1 - first)
         print(
             f"generation {state['generation']}/{config.generations} | {len(state['scores'])} scored | best "
-            f"{best} {state['scores'][best]:.2f} % | {rate:.1f} s a generation | "
+            f"{short(arch_of(best))} {state['scores'][best]:.2f} | {rate:.1f} s a generation | "
             f"{rate * (total - 1 - state['generation']):.0f} s left",
             flush=True,
         )
@@ -508,9 +554,11 @@ def plot_weights(space, checkpoint, path):
 
 def main(argv=None):
     """The command line of search.py: supernet, search, retraining, table."""
-    config = parse(SearchConfig, __doc__, argv, hidden=("arch", "init"))
+    config = parse(SearchConfig, __doc__, argv, hidden=("arch", "init", "translate"))
     if config.summary:
         return summarise(config.summary.split(","), config.out)
+    if config.study and config.space in TOKEN_SPACES:
+        raise ValueError("--study sharing is for spaces of images")
     if config.study:
         return study(config)
     if config.resume and not os.path.exists(os.path.join(config.out, "supernet.pt")):
@@ -518,22 +566,20 @@ def main(argv=None):
     config.resume = True
     space = find_space(config.space)
     check_device(config.device)
-    data = load_data(config.data, space)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    if not any(
-        fits(config, space, all_of(letter, space, "/".join("c" * depth for depth in depths)))
-        for letter in "sac"
-        for depths in space.depths
-    ):
+    if config.max_measured_ms and isinstance(space, TokenSpace):
+        raise ValueError("--max-measured-ms is for images; give --max-latency-ms, the simulated one")
+    if not any(fits(config, space, arch) for arch in candidates(space)):
         raise ValueError(nothing_fits(config, space))
+    data = load(config, space)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
     training = training_config(config)
     seconds, started = {}, time.monotonic()
 
     def lap(phase):
         seconds[phase] = time.monotonic() - started - sum(seconds.values())
 
-    supernet_path = os.path.join(config.out, "supernet.pt")
-    supernet = train(training, space, data, Supernet(space, config.sharing, config.seed), "", supernet_path)
+    supernet = make_model(training, space, data, "")
+    supernet = train(training, space, data, supernet, "", os.path.join(config.out, "supernet.pt"))
     lap("supernet")
     scores = search(config, space, data, supernet, os.path.join(config.out, "search-state.json"))
     lap("search")
@@ -542,11 +588,13 @@ def main(argv=None):
     lap("finalists")
     rows, table = [], latency_table(config, space)
     for name, arch in rivals(config, space, winner).items():
-        tested = accuracy(retrain(training, space, data, arch), data, data.test, config.device)
-        rows.append({"name": name, "arch": arch, "test_accuracy": tested, **describe(space, arch, table)})
+        reached = tested(training, data, retrain(training, space, data, arch))
+        rows.append({"name": name, "arch": arch, **reached, **describe(space, arch, table)})
     lap("rivals")
     write_results(config, space, scores, finalists, rows)
     phases = " | ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
+    if isinstance(data, Sentences):
+        return print(f"seconds: {phases} | {len(data.test)} test sentences, one seed")
     images = len(data.test.index)
     error = 100 * (rows[-1]["test_accuracy"] / 100 * (1 - rows[-1]["test_accuracy"] / 100) / images) ** 0.5
     print(f"seconds: {phases} | {images} test images, one seed: standard error {error:.1f} points")

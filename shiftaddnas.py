@@ -1284,6 +1284,16 @@ class TokenSpace:
     kernels: tuple = (3, 7, 15, 31, 31, 31)  # taps of the light operators by layer, not searched
     light_heads: tuple = (16, 4)  # kernels of a stand-alone and of a half light operator
 
+    def extreme(self, pick, encoder_type):
+        """The arch with the largest (pick=max) or smallest (min) widths, hidden layers and decoder."""
+        depths, arch = {"encoder": self.encoder_layers, "decoder": pick(self.decoder_layers)}, {}
+        for part, lists in self.choices().items():
+            kind = encoder_type if part == "encoder" else "T"
+            own = lists | {"sources": (-1,), "types": (kind,), "ffn": (pick(lists["ffn"]),)}
+            arch[part] = {"embed_dim": pick(self.widths)}
+            arch[part] |= {name: [own[name][len(own[name]) // 2]] * depths[part] for name in lists}
+        return arch
+
     def choices(self):
         """Per part the allowed values of each of its lists."""
         heads = self.heads
@@ -1407,8 +1417,8 @@ TOKEN_SPACES = {
     "wmt14_en_fr": TokenSpace("wmt14_en_fr", (1024, 768, 512), FFN, FFN[1:], (16, 8, 4)),
     "iwslt14_de_en": TokenSpace("iwslt14_de_en", (1024, 768, 640, 512), FFN, FFN[1:], (16, 8, 4, 2)),
     "translation": TokenSpace(
-        "translation", (128, 96, 64), (384, 256, 128), (384, 256, 128), (8, 4, 2), encoder_layers=3,
-        decoder_layers=(3, 2, 1), qkv=128, kernels=(3, 7, 15), light_heads=(8, 4),
+        "translation", (96, 64), (256, 128), (256, 128), (8, 4, 2), encoder_layers=3, decoder_layers=(2, 1),
+        qkv=96, kernels=(3, 7, 15), light_heads=(8, 4),
     ),
 }
 

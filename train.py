@@ -88,7 +88,7 @@ IWSLT = WMT | {"schedule": "inverse-sqrt", "lr": 5e-4, "weight_decay": 1e-4, "dr
 IWSLT |= {"accumulate": 1, "bits": 0, "beam": 5, "length_penalty": 1.0}
 RECIPES = {  # name -> settings other than Config's; the first of a space is used if none is named
     "translation": {"schedule": "inverse-sqrt", "beta2": 0.98, "weight_decay": 0.0, "smoothing": 0.1}
-    | {"dropout": 0.1, "epochs": 6, "batch": 64, "lr": 2e-3, "out": "out/translation"},
+    | {"epochs": 4, "batch": 32, "lr": 2e-3, "out": "out/translation"},
     "wmt14_en_de": WMT,  # official supernet: 8 GPUs x 16 passes of 4,096 tokens a step, 40,000 steps
     "wmt14_en_de-subnet": WMT | {"warmup": 4000, "bits": 0},
     "wmt14_en_fr": WMT,
@@ -371,8 +371,8 @@ def augment(x, generator):
 
 
 class Vocabulary:
-    """Text <-> ids. Pieces are bytes, each shown as the character of its number, joined by `merges` (byte-pair
-    encoding), and decode(encode(text)) == text; or, if merges is None, words between spaces."""
+    """Text <-> ids. Pieces are bytes, each shown as the character of its number, joined by `merges`
+    (byte-pair encoding), and decode(encode(text)) == text; or, if merges is None, words between spaces."""
 
     def __init__(self, pieces, merges=None):
         self.pieces, self.merges, self.known = pieces, merges, {}
@@ -603,7 +603,12 @@ def load_checkpoint(path, **expected):
 def load_supernet(path, space):
     """The supernet of a checkpoint, in evaluation mode."""
     state = load_checkpoint(path, space=space.name, arch="")
-    supernet = Supernet(space, state["config"]["sharing"])
+    trained = Config(**state["config"])
+    if isinstance(space, TokenSpace):
+        size = len(Vocabulary(**state["vocabulary"]))
+        supernet = Translator(space, size, None, trained.sharing, 0, trained.dropout, trained.bits)
+    else:
+        supernet = Supernet(space, trained.sharing)
     supernet.load_state_dict(state["model"])
     return supernet.eval()
 
