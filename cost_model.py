@@ -346,7 +346,7 @@ def token_layers(space, arch, tokens=30):
 
     A light operator over K taps is charged as K inputs and C outputs a token: exact MACs and outputs. Its
     projections are multiplications, the shift layer of S is a shift (official: sqrt(K) x sqrt(K) kernels,
-    both projections half a shift, the shift layer left out). Embedding, layer norm, softmax, logits: left out.
+    both projections half a shift, no shift layer). Left out: embedding, layer norm, softmax, logits.
     """
     encoder, decoder, qkv = space.validate(arch)["encoder"], arch["decoder"], space.qkv
 

@@ -3,6 +3,7 @@
     python search.py                            the whole story on the embedded images, out/search.json
     python search.py --budget 0.4               at most 40 % of the energy of the all-conv network
     python search.py --max-energy-mj 0.5 --max-params 150000 --generations 10
+    python search.py --space translation        the same for translation, BLEU in out/translation/search.json
     python search.py --study sharing            four ways to share weights, half an hour: results/sharing.md
     python search.py --summary out/0,out/1,out/2 --out results          mean and deviation over seeds
 

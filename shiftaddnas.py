@@ -12,6 +12,7 @@ Reading order
     §5 space         SearchSpace: size, sample, validate, mutate, crossover of arch strings; SPACES
     §6 supernet      Supernet(x, arch), Supernet.extract(arch), build(space, arch)
     §7 translation   mix_tokens, attend: operators on (B, T, C); TokenSpace: archs of Transformers
+    §8 Translator    the encoder-decoder of a TokenSpace, supernet or one arch; Light, TokenBlock
 
 Symbols
     N batch · C, M channels in and out · H, W map · K kernel · S stride · P padding · G groups
@@ -44,6 +45,9 @@ Deviations from the official code (github.com/RICE-EIC/ShiftAddNAS, folder CV)
     D6  only cells that some arch can reach are built (136.8 of 615.4 million parameters in `hytra`).
     D7  crossover keeps the depth pattern of one parent, so a child is always inside the space.
     D8  (folder NLP) an add over time is an add in decoding too; theirs multiplies there.
+    D9  (folder NLP) padding is masked behind the projections of a light operator; positions alternate sine
+        and cosine; the light operators of a layer can share their weights (theirs never do); S is of the Q
+        form; the encoder's dropout shrinks with its width as every other; IWSLT has one embedding too.
 """
 
 import collections

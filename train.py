@@ -4,6 +4,8 @@
     python train.py --arch cc/sa/tt                       one network from scratch      -> out/cc-sa-tt.pt
     python train.py --arch cc/sa/tt --init out/supernet.pt          from inherited weights
     python train.py --space cifar10 --data cifar-10-batches-py      another data set
+    python train.py --space translation                   supernet of translation -> out/translation/supernet.pt
+    python train.py --translate net.pt                    translates standard input, line by line
 
 Each step draws one arch uniformly (single path, as the official code does) and minimises
 
@@ -86,9 +88,10 @@ WMT |= {"smoothing": 0.1, "dropout": 0.3, "bpe": "none", "epochs": 135, "batch":
 WMT |= {"bits": 8}
 IWSLT = WMT | {"schedule": "inverse-sqrt", "lr": 5e-4, "weight_decay": 1e-4, "dropout": 0.375, "epochs": 45}
 IWSLT |= {"accumulate": 1, "bits": 0, "beam": 5, "length_penalty": 1.0}
-RECIPES = {  # name -> settings other than Config's; the first of a space is used if none is named
+RECIPES = {  # name -> settings that replace the defaults of train.py and search.py
     "translation": {"schedule": "inverse-sqrt", "beta2": 0.98, "weight_decay": 0.0, "smoothing": 0.1}
-    | {"epochs": 4, "batch": 32, "lr": 2e-3, "out": "out/translation"},
+    | {"epochs": 4, "batch": 32, "lr": 2e-3, "out": "out/translation"}
+    | {"budget": 0.75, "finalists": 2},
     "wmt14_en_de": WMT,  # official supernet: 8 GPUs x 16 passes of 4,096 tokens a step, 40,000 steps
     "wmt14_en_de-subnet": WMT | {"warmup": 4000, "bits": 0},
     "wmt14_en_fr": WMT,
@@ -120,7 +123,9 @@ def parse(config_class, manual, argv=None, hidden=()):
     recipe = given.get("recipe", "")
     if recipe and recipe not in RECIPES:
         raise ValueError(f"--recipe {recipe!r} is unknown; known: {', '.join(RECIPES)}")
-    config = config_class(**RECIPES.get(recipe or space.name, {}) | given)
+    known = {f.name for f in fields(config_class)}
+    preset = {key: value for key, value in RECIPES.get(recipe or space.name, {}).items() if key in known}
+    config = config_class(**preset | given)
     for f in fields(config_class):
         check_flag(f, getattr(config, f.name))
         if f.name in given and f.metadata.get("only") and not isinstance(space, TokenSpace):
@@ -968,8 +973,8 @@ def main(argv=None):
         f"{data.size()} training examples | {config.device}, {torch.get_num_threads()} threads"
     )
     model = train(config, space, data, model, arch, path)
-    result = "".join(f"{name} {value:.2f} | " for name, value in tested(config, data, model).items() if arch)
-    print(f"{result}saved {path}")
+    reached = tested(config, data, model) if arch else {}
+    print("".join(f"{name} {value:.2f} | " for name, value in reached.items()) + f"saved {path}")
 
 
 if __name__ == "__main__":
