@@ -4,7 +4,7 @@
     python train.py --arch cc/sa/tt                       one network from scratch      -> out/cc-sa-tt.pt
     python train.py --arch cc/sa/tt --init out/supernet.pt          from inherited weights
     python train.py --space cifar10 --data cifar-10-batches-py      another data set
-    python train.py --space translation                   supernet of translation -> out/translation/supernet.pt
+    python train.py --space translation                   Transformers -> out/translation/supernet.pt
     python train.py --translate net.pt                    translates standard input, line by line
 
 Each step draws one arch uniformly (single path, as the official code does) and minimises
