@@ -1068,6 +1068,38 @@ def test_published_translation_supernets_have_their_sizes():
         assert count + 6 * 1024**2 + 12 * 512**2 == published
 
 
+def test_every_type_has_the_gradient_of_float64_differences():
+    supernet, (source, target) = shiftaddnas.Translator(SMALL, 50, sharing="none").double(), token_batch()
+    supernet.eval()
+    g = torch.Generator().manual_seed(1)
+    for kind in ("C", "T", "TC"):  # an add's gradient is not the slope of its sum, by AdderNet's rule
+        arch = SMALL.extreme(min, kind)
+        p = supernet.encoder[0].fc1.weight.w
+        way = torch.randn(p.shape, generator=g, dtype=p.dtype)
+        supernet.zero_grad()
+        supernet(source, target, arch).square().mean().backward()
+        slope = (p.grad * way).sum().item()
+        with torch.no_grad():
+            values = []
+            for step in (1e-6, -1e-6):
+                p.add_(step * way)
+                values.append(supernet(source, target, arch).square().mean().item())
+                p.sub_(step * way)
+        assert slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
+
+
+def test_the_published_recipes_fit_the_parser_and_take_a_step_at_small_width():
+    for name in train.RECIPES:
+        config = train.parse(train.Config, "", ["--space", "translation", "--recipe", name])
+        network = shiftaddnas.Translator(SMALL, 50, SMALL.extreme(min, "TS"), bits=config.bits)
+        batch = (*token_batch(), token_batch()[1])
+        optimizer, before = train.make_optimizer(network, config), network.embedding.detach().clone()
+        train.backward(config, network, network.arch, network.arch, [batch], None)
+        optimizer.step()
+        assert not network.embedding.equal(before)
+        assert train.learning_rate(config, 10**6, 10) < config.lr
+
+
 def test_operators_of_a_layer_share_storage_and_bits_leave_few_levels():
     light = shiftaddnas.Translator(SMALL, 50).encoder[0].light["whole"]
     assert light.first.weight is light.shift.weight
