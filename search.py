@@ -35,7 +35,8 @@ from shiftaddnas import LAPLACE_SCALE, SPACES, TYPES, Sharing, SharedWeight, Sup
 from shiftaddnas import TOKEN_SPACES, TokenSpace
 from shiftaddnas import build, find_space, power_of_two
 from train import Config, Sentences, accuracy, check_device, file_name, flag, load, load_data, load_supernet
-from train import make_model, parse, recalibrate, run_command, tested, token_loss, train, write_text
+from train import make_model, parse, recalibrate, run_command, tested, token_loss, train, translate
+from train import write_text
 
 TRIES = 200  # draws for one child before the search says that the budget leaves nothing new
 
@@ -64,6 +65,7 @@ class SearchConfig(Config):
     random: int = flag(2, "fresh random archs a generation", low=0)
     first: int = flag(16, "random archs of the first generation", low=1)
     finalists: int = flag(3, "fittest archs that are retrained to find the winner", low=1)
+    quick: bool = flag(False, "a short run to see that all works: the settings `quick` in RECIPES of train.py")
     study: str = flag("", "no search: compare ways of weight sharing -> results/", choices=("", "sharing"))
     summary: str = flag("", "no search: mean and deviation of these finished ones, A,B,... -> OUT/search.md")
 
@@ -351,11 +353,22 @@ def training_config(config, **change):
     return Config(**{f.name: getattr(config, f.name) for f in fields(Config)} | change)
 
 
-def write_results(config, space, scores, finalists, rows):
+def print_translations(config, data, network, count=3):
+    """Shows and returns [source, reference, translation] of the first test sentences."""
+    chosen = data.test[:count]
+    found = translate(network, data.vocabulary, [pair[0] for pair in chosen], config)
+    samples = [[*pair[:2], text] for pair, text in zip(chosen, found)]
+    for sample in samples:
+        print("\n" + "\n".join(f"{n:10} {t}" for n, t in zip(("source", "reference", "winner"), sample)))
+    return samples
+
+
+def write_results(config, space, scores, finalists, rows, samples):
     """search.json, winner.json and pareto.png in the output folder, and the table on the screen."""
     winner, out = rows[-1]["arch"], Path(config.out)
     result = {"winner": winner, "budget": limits(config, space, winner), "finalists": finalists}
     result |= {"table": rows, "scores": scores, "seed": config.seed, "config": asdict(config)}
+    result |= {"translations": samples} if samples else {}
     write_text(json.dumps(result, indent=1), out / "search.json")
     write_text(json.dumps({"space": space.name, "arch": winner}), out / "winner.json")
     print_table(rows)
@@ -592,9 +605,11 @@ def main(argv=None):
         reached = tested(training, data, retrain(training, space, data, arch))
         rows.append({"name": name, "arch": arch, **reached, **describe(space, arch, table)})
     lap("rivals")
-    write_results(config, space, scores, finalists, rows)
+    network, translates = retrain(training, space, data, winner), isinstance(data, Sentences)
+    samples = print_translations(training, data, network) if translates else []
+    write_results(config, space, scores, finalists, rows, samples)
     phases = " | ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
-    if isinstance(data, Sentences):
+    if translates:
         return print(f"seconds: {phases} | {len(data.test)} test sentences, one seed")
     images = len(data.test.index)
     error = 100 * (rows[-1]["test_accuracy"] / 100 * (1 - rows[-1]["test_accuracy"] / 100) / images) ** 0.5

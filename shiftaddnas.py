@@ -1287,6 +1287,7 @@ class TokenSpace:
     qkv: int = 512
     kernels: tuple = (3, 7, 15, 31, 31, 31)  # taps of the light operators by layer, not searched
     light_heads: tuple = (16, 4)  # kernels of a stand-alone and of a half light operator
+    tied: bool = True  # one embedding for source, target and logits; else one each
 
     def extreme(self, pick, encoder_type):
         """The arch with the largest (pick=max) or smallest (min) widths, hidden layers and decoder."""
@@ -1419,7 +1420,9 @@ FFN = (4096, 3072, 2048, 1024)
 TOKEN_SPACES = {
     "wmt14_en_de": TokenSpace("wmt14_en_de", (1024, 768, 512), FFN, FFN, (16, 8, 4)),
     "wmt14_en_fr": TokenSpace("wmt14_en_fr", (1024, 768, 512), FFN, FFN[1:], (16, 8, 4)),
-    "iwslt14_de_en": TokenSpace("iwslt14_de_en", (1024, 768, 640, 512), FFN, FFN[1:], (16, 8, 4, 2)),
+    "iwslt14_de_en": TokenSpace(
+        "iwslt14_de_en", (1024, 768, 640, 512), FFN, FFN[1:], (16, 8, 4, 2), tied=False
+    ),
     "translation": TokenSpace(
         "translation", (96, 64), (256, 128), (256, 128), (8, 4, 2), encoder_layers=3, decoder_layers=(2, 1),
         qkv=96, kernels=(3, 7, 15), light_heads=(8, 4),
@@ -1624,10 +1627,10 @@ class Translator(nn.Module):
     source (B, S) and target (B, T) token ids, right-padded with PAD, target shifted right behind an EOS;
     logits (B, T, V). Without `arch` it is the supernet, which forwards any arch of the space with prefixes of
     its weights; with one it is that network, and forward's arch can be left out. sharing "none" or
-    "heterogeneous" (see Light). One embedding V x width serves source, target and logits; positions alternate
-    sine and cosine, so that any prefix has both (official: sines first). dropout: of a block of full width,
-    in proportion below; a third of it for attention weights, a tenth for taps, as published (0.3, 0.1, 0.03).
-    bits: quantisation, 0 for none. ValueError for an arch outside the space or an unknown sharing.
+    "heterogeneous" (see Light). One embedding V x width serves source, target and logits, or three if the space
+    is not `tied`; positions alternate sine and cosine, so that any prefix has both (official: sines first).
+    dropout: of a block of full width, in proportion below; a third of it for attention weights, a tenth for
+    taps, as published (0.3, 0.1, 0.03). bits: quantisation, 0 for none. ValueError for an arch outside the space or an unknown sharing.
     """
 
     def __init__(self, space, vocabulary, arch=None, sharing="heterogeneous", seed=0, dropout=0.0, bits=0):
@@ -1645,7 +1648,11 @@ class Translator(nn.Module):
                 parts[part] = [[kind] for kind in genes["types"]], genes["ffn"], genes["embed_dim"]
         (*_, E), (*_, D) = parts.values()
         with seeded(seed):
-            self.embedding = nn.Parameter(torch.randn(vocabulary, max(E, D)) * max(E, D) ** -0.5)
+            tables = [
+                nn.Parameter(torch.randn(vocabulary, max(E, D)) * max(E, D) ** -0.5)
+                for _ in range(1 if space.tied else 3)
+            ]
+            self.embedding, self.target_embedding, self.output = (tables * 3)[:3]
             for part, (types, ffn, width) in parts.items():
                 blocks = (
                     TokenBlock(types[i], i, width, ffn[i], space, SHARING[sharing],
@@ -1654,20 +1661,20 @@ class Translator(nn.Module):
                 )
                 setattr(self, part, nn.ModuleList(blocks))
 
-    def embed(self, tokens, width, start=0):
-        """Embedding times sqrt(width), plus positions from `start`."""
+    def embed(self, tokens, table, width, start=0):
+        """Rows of an embedding times sqrt(width), plus positions from `start`."""
         full = max(self.space.widths)
         i = torch.arange(width, device=tokens.device)
         rate = torch.exp(-math.log(10000) * (i - i % 2) / full)
         angle = torch.arange(start, start + tokens.shape[1], device=tokens.device)[:, None] * rate
         position = torch.where(i % 2 == 0, angle.sin(), angle.cos())
-        x = F.embedding(tokens, self.embedding[:, :width]) * width**0.5 + position
+        x = F.embedding(tokens, table[:, :width]) * width**0.5 + position
         return F.dropout(x, self.dropout * width / full, self.training)
 
     def encode(self, source, arch=None):
         """(outputs of the last three layers, last first; padding mask (B, S)) of source (B, S)."""
         genes, mask = (arch or self.arch)["encoder"], source != PAD
-        x, outputs = self.embed(source, genes["embed_dim"]), []
+        x, outputs = self.embed(source, self.embedding, genes["embed_dim"]), []
         for block, kind, heads, ffn in zip(self.encoder, genes["types"], genes["heads"], genes["ffn"]):
             x = block(x, kind, heads, ffn, mask.unsqueeze(2).to(x.dtype), mask[:, None, None])
             outputs.insert(0, x)
@@ -1678,7 +1685,8 @@ class Translator(nn.Module):
         for decoding token by token: then target holds the next token only, T = 1."""
         genes, (outputs, mask) = (arch or self.arch)["decoder"], memory
         start = caches[0][2]["tokens"] if caches else 0
-        x, width = self.embed(target, genes["embed_dim"], start), genes["embed_dim"]
+        width = genes["embed_dim"]
+        x = self.embed(target, self.target_embedding, width, start)
         square = (target.shape[1],) * 2
         allowed = None if caches else torch.ones(square, dtype=torch.bool, device=target.device).tril()
         names = ("types", "self_heads", "ffn", "cross_heads", "sources")
@@ -1688,7 +1696,7 @@ class Translator(nn.Module):
             x = self.decoder[i](x, kind, heads, ffn, None, allowed, keys, caches and caches[i][:2])
         if caches:
             caches[0][2]["tokens"] = start + 1
-        return F.linear(x, self.embedding[:, :width])
+        return F.linear(x, self.output[:, :width])
 
     def new_caches(self, arch=None):
         """Empty caches of each decoder layer; the first counts the tokens."""

@@ -3,6 +3,7 @@ search, cost model. References are independent definitions: float64 loops, close
 """
 
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -1088,6 +1089,33 @@ def test_every_type_has_the_gradient_of_float64_differences():
         assert slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", shiftaddnas.TYPES)
+def test_the_kernels_give_every_type_the_gradients_of_the_float64_definition(kind):
+    supernet, (source, target) = shiftaddnas.Translator(SMALL, 50).eval(), token_batch()
+    arch = SMALL.extreme(max, kind)
+    arch["decoder"]["types"] = [kind if kind[0] == "T" else "T" + kind] * 2
+    found = []
+    for network in (supernet, copy.deepcopy(supernet).double()):
+        network(source, target, arch).square().mean().backward()
+        grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        found.append(grads)
+    assert found[0].keys() == found[1].keys() and any("taps" in name for name in found[0]) == (kind != "T")
+    scale = max(grad.abs().max() for grad in found[1].values())
+    for name, grad in found[1].items():
+        assert (found[0][name] - grad).abs().max() < 1e-4 * scale, name
+
+
+def test_the_iwslt_space_has_three_embeddings_and_the_others_one():
+    for name, count in (("iwslt14_de_en", 3), ("wmt14_en_de", 1)):
+        with torch.device("meta"):
+            network = shiftaddnas.Translator(shiftaddnas.TOKEN_SPACES[name], 10)
+        assert len({id(p) for p in network.parameters() if p.shape == (10, 1024)}) == count
+    untied = replace(SMALL, tied=False)
+    supernet, (source, target) = shiftaddnas.Translator(untied, 50).eval(), token_batch()
+    arch = SMALL.extreme(min, "TC")
+    torch.testing.assert_close(supernet.extract(arch)(source, target), supernet(source, target, arch))
+
+
 def test_the_published_recipes_fit_the_parser_and_take_a_step_at_small_width():
     for name in train.RECIPES:
         config = train.parse(train.Config, "", ["--space", "translation", "--recipe", name])
@@ -1212,6 +1240,8 @@ def test_the_translation_story_ends_in_a_table_with_bleu_and_translates(tmp_path
     assert all(0 <= row["bleu"] <= 100 for row in result["table"])
     full, winner = result["table"][0], result["table"][-1]
     assert winner["energy_mj"] <= 0.8 * full["energy_mj"] * (1 + 1e-9)
+    assert [len(sample) for sample in result["translations"]] == [3, 3, 3]
+    assert capsys.readouterr().out.count("\nreference ") == 3
     monkeypatch.setattr(sys, "stdin", io.StringIO("a i cat\n\n"))
     capsys.readouterr()
     train.main(["--translate", str(tmp_path / "o" / f"retrain-{train.file_name(winner['arch'])}.pt")])
@@ -1270,6 +1300,30 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(arch, tiny_data, t
     train.main(flags + ["--out", str(tmp_path / "halved"), "--resume"])
     assert losses(tmp_path / "halved" / name) == losses(tmp_path / "whole" / name)
     assert len(losses(tmp_path / "whole" / name)) == 9
+
+
+@pytest.mark.parametrize("flags", ([], ["--sharing", "none", "--bits", "8", "--dropout", "0.1"]))
+def test_a_resumed_translation_run_has_the_losses_of_an_uninterrupted_one(flags, tmp_path, monkeypatch):
+    lines = [f"{a} {b} cat\t{b} {a} gato" for a in "abcdefgh" for b in "ijkl"]
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines) + "\n")
+    flags = flags + ["--space", "translation", "--data", str(tmp_path / "pairs.tsv"), "--bpe", "5"]
+    flags += ["--epochs", "2", "--batch", "4", "--accumulate", "2", "--out"]
+    train.main(flags + [str(tmp_path / "whole")])
+    real, calls = train.pad_pairs, []
+
+    def interrupted(pairs):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(pairs)
+
+    monkeypatch.setattr(train, "pad_pairs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags + [str(tmp_path / "halved")])
+    assert len(losses(tmp_path / "halved" / "supernet.jsonl")) == 4
+    train.main(flags + [str(tmp_path / "halved"), "--resume"])
+    whole, halved = (losses(tmp_path / name / "supernet.jsonl") for name in ("whole", "halved"))
+    assert halved == whole and len(whole) == 6
 
 
 def test_a_loss_that_is_not_finite_names_the_arch(tiny_data, tmp_path, monkeypatch):
@@ -1417,6 +1471,15 @@ BAD_FLAGS = [
     ("--arch nothing.json", "nothing.json"),
     ("--kl-weight -1", "--kl-weight must be at least 0"),
     ("--device nowhere", "nowhere"),
+    ("--beam 3", "--beam is for translation"),
+    ("--recipe nothing", "--recipe 'nothing' is unknown"),
+    ("--space translation --arch cc/cc/cc", "needs 'encoder'"),
+    ("--space translation --sharing naive", "sharing 'naive' is not for translation"),
+    ("--space translation --bpe many", "--bpe 'many' must be a number"),
+    ("--space translation --data /nowhere.tsv", "/nowhere.tsv"),
+    ("--space translation --data a,b,c", "--data takes a TSV file"),
+    ("--space translation --max-length 1", "every training pair is over --max-length 1"),
+    ("--translate nothing.pt", "nothing.pt does not exist"),
 ]
 
 

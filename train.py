@@ -98,6 +98,7 @@ RECIPES = {  # name -> settings that replace the defaults of train.py and search
     "wmt14_en_fr-subnet": WMT | {"warmup": 4000, "bits": 0},
     "iwslt14_de_en": IWSLT,
     "iwslt14_de_en-subnet": IWSLT | {"warmup": 4000},
+    "quick": {"epochs": 1, "generations": 1, "first": 6, "finalists": 1, "max_length": 24, "beam": 1},
 }
 
 
@@ -124,7 +125,8 @@ def parse(config_class, manual, argv=None, hidden=()):
     if recipe and recipe not in RECIPES:
         raise ValueError(f"--recipe {recipe!r} is unknown; known: {', '.join(RECIPES)}")
     known = {f.name for f in fields(config_class)}
-    preset = {key: value for key, value in RECIPES.get(recipe or space.name, {}).items() if key in known}
+    preset = RECIPES.get(recipe or space.name, {}) | (RECIPES["quick"] if given.get("quick") else {})
+    preset = {key: value for key, value in preset.items() if key in known}
     config = config_class(**preset | given)
     for f in fields(config_class):
         check_flag(f, getattr(config, f.name))
