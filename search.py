@@ -65,7 +65,8 @@ class SearchConfig(Config):
     random: int = flag(2, "fresh random archs a generation", low=0)
     first: int = flag(16, "random archs of the first generation", low=1)
     finalists: int = flag(3, "fittest archs that are retrained to find the winner", low=1)
-    quick: bool = flag(False, "a short run to see that all works: the settings `quick` in RECIPES of train.py")
+    supernet_epochs: int = flag(0, "passes over the training data for the supernet; 0: --epochs", low=0)
+    quick: bool = flag(False, "a short run to see that all works: settings `quick` of RECIPES in train.py")
     study: str = flag("", "no search: compare ways of weight sharing -> results/", choices=("", "sharing"))
     summary: str = flag("", "no search: mean and deviation of these finished ones, A,B,... -> OUT/search.md")
 
@@ -592,8 +593,9 @@ def main(argv=None):
     def lap(phase):
         seconds[phase] = time.monotonic() - started - sum(seconds.values())
 
+    longer = replace(training, epochs=config.supernet_epochs or config.epochs)
     supernet = make_model(training, space, data, "")
-    supernet = train(training, space, data, supernet, "", os.path.join(config.out, "supernet.pt"))
+    supernet = train(longer, space, data, supernet, "", os.path.join(config.out, "supernet.pt"))
     lap("supernet")
     scores = search(config, space, data, supernet, os.path.join(config.out, "search-state.json"))
     lap("search")
