@@ -379,20 +379,24 @@ def write_results(config, space, scores, finalists, rows, samples):
 def summarise(folders, out):
     """Mean and standard deviation over finished searches: printed, and in out/search.{md,json}."""
     runs = [json.loads((Path(folder) / "search.json").read_text()) for folder in folders]
-    titles = ["network", "test accuracy %", "energy of all-conv", "latency ms", "params", "archs"]
+    first = runs[0]["table"][0]
+    measure = "bleu" if "bleu" in first else "test_accuracy"
+    title = {"bleu": "BLEU", "test_accuracy": "test accuracy %"}[measure]
+    titles = ["network", title, f"energy of {first['name']}", "latency ms", "params", "archs"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for rows in zip(*(run["table"] for run in runs)):
-        tested = torch.tensor([row["test_accuracy"] for row in rows])
+        reached = torch.tensor([row[measure] for row in rows])
         energies = [(row["energy_mj"], run["table"][0]["energy_mj"]) for row, run in zip(rows, runs)]
-        share = torch.tensor([100 * own / conv for own, conv in energies])
-        spread = [t.std().item() if len(t) > 1 else 0.0 for t in (tested, share)]
+        share = torch.tensor([100 * own / full for own, full in energies])
+        spread = [t.std().item() if len(t) > 1 else 0.0 for t in (reached, share)]
         latency, params = (sum(row[name] for row in rows) / len(rows) for name in ("latency_ms", "params"))
+        archs = (", " if measure == "bleu" else " ").join(dict.fromkeys(short(row["arch"]) for row in rows))
         lines.append(
-            f"| {rows[0]['name']} | {tested.mean():.2f} ± {spread[0]:.2f} | "
-            f"{share.mean():.0f} % ± {spread[1]:.0f} | {latency:.4f} | {params:,.0f} | "
-            f"{' '.join(row['arch'] for row in rows)} |"
+            f"| {rows[0]['name']} | {reached.mean():.2f} ± {spread[0]:.2f} | "
+            f"{share.mean():.0f} % ± {spread[1]:.0f} | {latency:.4f} | {params:,.0f} | {archs} |"
         )
-    kept = [{name: run[name] for name in ("seed", "winner", "budget", "table", "config")} for run in runs]
+    names = ("seed", "winner", "budget", "table", "config", "translations")
+    kept = [{name: run[name] for name in names if name in run} for run in runs]
     Path(out).mkdir(parents=True, exist_ok=True)
     write_text(json.dumps({"runs": kept}, indent=1), os.path.join(out, "search.json"))
     write_text("\n".join(lines) + "\n", os.path.join(out, "search.md"))

@@ -98,7 +98,8 @@ RECIPES = {  # name -> settings that replace the defaults of train.py and search
     "wmt14_en_fr-subnet": WMT | {"warmup": 4000, "bits": 0},
     "iwslt14_de_en": IWSLT,
     "iwslt14_de_en-subnet": IWSLT | {"warmup": 4000},
-    "quick": {"epochs": 1, "supernet_epochs": 1, "generations": 1, "first": 6, "finalists": 1, "max_length": 24, "beam": 1},
+    "quick": {"epochs": 1, "supernet_epochs": 1, "generations": 1, "first": 6, "finalists": 1}
+    | {"max_length": 24, "beam": 1},
 }
 
 
