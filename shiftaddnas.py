@@ -1628,9 +1628,9 @@ class Translator(nn.Module):
     logits (B, T, V). Without `arch` it is the supernet, which forwards any arch of the space with prefixes of
     its weights; with one it is that network, and forward's arch can be left out. sharing "none" or
     "heterogeneous" (see Light). One embedding V x width serves source, target and logits, or three if the
-    space is not `tied`; positions alternate sine and cosine, so that any prefix has both (official: sines first).
-    dropout: of a block of full width, in proportion below; a third of it for attention weights, a tenth for
-    taps, as published (0.3, 0.1, 0.03). bits: quantisation, 0 for none. ValueError for an arch
+    space is not `tied`; positions alternate sine and cosine, so that any prefix has both (official: sines
+    first). dropout: of a block of full width, in proportion below; a third of it for attention weights, a
+    tenth for taps, as published (0.3, 0.1, 0.03). bits: quantisation, 0 for none. ValueError for an arch
     outside the space or an unknown sharing.
     """
 

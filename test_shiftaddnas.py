@@ -1667,12 +1667,13 @@ def test_the_summary_has_mean_and_deviation_over_the_seeds(tmp_path, capsys, mon
     for number, accuracy in enumerate((80.0, 82.0, 84.0)):
         row = {"name": "winner", "arch": "s", "test_accuracy": accuracy, "energy_mj": 2.0, "latency_ms": 1.0}
         rows = [{**row, "name": "all-conv", "energy_mj": 4.0, "params": 7}, {**row, "params": 1000 * number}]
+        rows[1]["arch"] = "s" + "c" * (number // 2)  # the same arch twice is named once
         (tmp_path / str(number)).mkdir()
         content = {"seed": number, "winner": "s", "budget": {}, "table": rows, "config": {}}
         (tmp_path / str(number) / "search.json").write_text(json.dumps(content))
     folders = ",".join(str(tmp_path / str(number)) for number in range(3))
     search.main(["--summary", folders, "--out", str(tmp_path / "results")])
-    assert "| winner | 82.00 ± 2.00 | 50 % ± 0 | 1.0000 | 1,000 | s s s |" in capsys.readouterr().out
+    assert "| winner | 82.00 ± 2.00 | 50 % ± 0 | 1.0000 | 1,000 | s sc |" in capsys.readouterr().out
     kept = json.loads((tmp_path / "results" / "search.json").read_text())
     assert [run["seed"] for run in kept["runs"]] == [0, 1, 2]
 
