@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from cost_model import count_params, measured_latency_ms, measured_table, network_cost, network_layers
 from cost_model import operations
@@ -35,8 +36,8 @@ from shiftaddnas import LAPLACE_SCALE, SPACES, TYPES, Sharing, SharedWeight, Sup
 from shiftaddnas import TOKEN_SPACES, TokenSpace
 from shiftaddnas import build, find_space, power_of_two
 from train import Config, Sentences, accuracy, check_device, file_name, flag, load, load_data, load_supernet
-from train import make_model, parse, recalibrate, run_command, tested, token_loss, train, translate
-from train import write_text
+from train import join_processes, make_model, parse, processes, rank, recalibrate, run_command, tested
+from train import token_loss, train, translate, write_text
 
 TRIES = 200  # draws for one child before the search says that the budget leaves nothing new
 
@@ -196,14 +197,24 @@ def evolve(config, space, score, state, report):
                     break
         if not scores and not children:
             raise ValueError(nothing_fits(config, space))
-        for key, child in children.items():
-            scores[key] = score(child)
+        scores.update(score_all(score, children))
         state.update(generation=generation, rng=generator.get_state().tolist())
         report(state)
         if not children:
             print("no new arch inside the budget: the search ends here")
             break
     return state
+
+
+def score_all(score, children):
+    """{key: score(arch)} of {key: arch}; of several processes each scores a share, and all know all."""
+    keys, shares = list(children), [None] * processes()
+    own = {key: score(children[key]) for key in keys[rank() :: processes()]}
+    if processes() == 1:
+        return own
+    dist.all_gather_object(shares, own)
+    found = {key: fitness for share in shares for key, fitness in share.items()}
+    return {key: found[key] for key in keys}
 
 
 def nothing_fits(config, space):
@@ -585,6 +596,11 @@ def main(argv=None):
     config.resume = True
     space = find_space(config.space)
     check_device(config.device)
+    join_processes(config)
+    if processes() > config.first:
+        raise ValueError(f"{processes()} processes are more than the {config.first} archs of --first")
+    if processes() > 1 and config.max_measured_ms:
+        raise ValueError("--max-measured-ms needs one process: they would disturb each other's clock")
     if config.max_measured_ms and isinstance(space, TokenSpace):
         raise ValueError("--max-measured-ms is for images; give --max-latency-ms, the simulated one")
     if not any(fits(config, space, arch) for arch in candidates(space)):

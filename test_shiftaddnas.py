@@ -1326,6 +1326,64 @@ def test_a_resumed_translation_run_has_the_losses_of_an_uninterrupted_one(flags,
     assert halved == whole and len(whole) == 6
 
 
+def start_processes(count, program, *flags):
+    """torchrun on this machine, one thread a process."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / f"{program}.py"), *map(str, flags)], text=True, env=ONE_THREAD,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+
+
+def test_two_processes_train_and_three_search_as_one_does(tiny_data, tmp_path):
+    flags = ["--data", tiny_data, "--epochs", 2, "--batch", 10, "--accumulate", 6, "--out"]
+    one = command("train", *flags, tmp_path / "one")
+    several = start_processes(2, "train", *flags, tmp_path / "two")
+    assert one.returncode == 0 and several.wait(120) == 0, one.stderr + several.stderr.read()
+    assert several.stdout.read().count("saved") == 1
+    supernets = [train.load_supernet(tmp_path / name / "supernet.pt", FASHION) for name in ("one", "two")]
+    start = Supernet(FASHION)
+    moved, apart = (
+        sum((p - q).square().sum().item() for p, q in zip(net.parameters(), supernets[0].parameters()))
+        for net in (start, supernets[1])
+    )
+    assert apart < 1e-4 * moved  # AdamW makes whole steps of the rounding noise of zero gradients
+    first, second = (losses(tmp_path / name / "supernet.jsonl") for name in ("one", "two"))
+    assert second == pytest.approx(first, rel=1e-4) and len(first) == 2 * (100 // 60)
+    shutil.copytree(tmp_path / "one", tmp_path / "three")
+    flags = flags[:-1] + ["--first", 4, "--generations", 0, "--finalists", 1, "--out"]
+    one = command("search", *flags, tmp_path / "one")
+    several = start_processes(3, "search", *flags, tmp_path / "three")
+    assert one.returncode == 0 and several.wait(120) == 0, one.stderr + several.stderr.read()
+    states = [json.loads((tmp_path / name / "search-state.json").read_text()) for name in ("one", "three")]
+    assert states[0]["scores"] == states[1]["scores"] and states[0]["rng"] == states[1]["rng"]
+    tables = [json.loads((tmp_path / name / "search.json").read_text())["table"] for name in ("one", "three")]
+    assert [row["arch"] for row in tables[0]] == [row["arch"] for row in tables[1]]
+
+
+def test_passes_that_cannot_be_shared_and_too_few_archs_are_one_sentence(tiny_data, tmp_path):
+    for program, flags, message in (
+        ("train", ["--accumulate", 3], "--accumulate 3 is no multiple of the 2 processes"),
+        ("search", ["--first", 1], "2 processes are more than the 1 archs of --first"),
+    ):
+        run = start_processes(2, program, "--data", tiny_data, "--out", tmp_path / "o", *flags)
+        assert run.wait(120) != 0
+        assert f"{program}.py: {message}" in run.stderr.read()
+
+
+def test_if_one_process_is_killed_the_others_say_so_and_stop(tiny_data, tmp_path):
+    flags = ["--data", tiny_data, "--epochs", 5000, "--batch", 10, "--accumulate", 2, "--out", tmp_path / "o"]
+    run, log = start_processes(2, "train", *flags), tmp_path / "o" / "supernet.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (tmp_path / "o" / "supernet.pt").exists():
+        time.sleep(0.1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    workers = [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(max(workers), signal.SIGKILL)
+    assert run.wait(60) != 0 and log.exists()
+    assert train.load_checkpoint(tmp_path / "o" / "supernet.pt")["step"] > 0
+
+
 def test_a_loss_that_is_not_finite_names_the_arch(tiny_data, tmp_path, monkeypatch):
     broken = torch.tensor(float("nan"), requires_grad=True)
     monkeypatch.setattr(train.F, "cross_entropy", lambda *_, **__: broken)

@@ -6,6 +6,7 @@
     python train.py --space cifar10 --data cifar-10-batches-py      another data set
     python train.py --space translation                   Transformers -> out/translation/supernet.pt
     python train.py --translate net.pt                    translates standard input, line by line
+    torchrun --nproc-per-node 2 train.py --accumulate 2   two processes, each with its GPU if there are some
 
 Each step draws one arch uniformly (single path, as the official code does) and minimises
 
@@ -32,12 +33,14 @@ import zipfile
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from shiftaddnas import EOS, PAD, SHARING, UNK, Supernet, TokenSpace, Translator, build, find_space
@@ -62,7 +65,7 @@ class Config:
     data: str = flag("", "folder of another data set (default: the embedded Fashion-MNIST)")
     epochs: int = flag(7, "passes over the training data", low=1)
     batch: int = flag(100, "images or sentences of a forward pass", low=2)
-    accumulate: int = flag(1, "forward passes a step, all with one arch", low=1)
+    accumulate: int = flag(1, "forward passes a step, all with one arch, shared by the processes", low=1)
     lr: float = flag(4e-3, "peak learning rate of AdamW", above=0)
     schedule: str = flag("cosine", "of the learning rate after warm-up", choices=("cosine", "inverse-sqrt"))
     warmup: int = flag(0, "steps of linear warm-up; 0: an epoch", low=0)
@@ -155,6 +158,32 @@ def check_device(name):
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
+def rank():
+    """Number of this process among those of torchrun; 0 if it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    """How many processes torchrun started; 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(config):
+    """Joins the processes that torchrun started, if it did: nccl on GPUs, one each, else gloo. Only the first
+    writes files and the screen. ValueError if torch lacks the backend."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
+        return
+    backend = "nccl" if config.device.startswith("cuda") else "gloo"
+    if not dist.is_available() or not dist.is_backend_available(backend):
+        raise ValueError(f"--device {config.device} needs the backend {backend}, which this torch lacks")
+    if config.device == "cuda":
+        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(config.device)
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
 def run_command(main):
     """Calls main(); expected errors become one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
@@ -165,6 +194,14 @@ def run_command(main):
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if processes() == 1:
+            raise
+        name, reason = Path(sys.argv[0]).name, str(error).splitlines()[0]
+        print(f"{name}: process {rank()} stops, another one is gone: {reason}", file=sys.stderr)
+        os._exit(1)  # the others cannot be waited for
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def read_arch(space, text):
@@ -580,7 +617,10 @@ def check_pairs(rows, where):
 
 
 def save(state, path):
-    """torch.save to a temporary name, then rename: the file at `path` is always whole."""
+    """torch.save to a temporary name, then rename: the file at `path` is always whole. Of several processes
+    the first writes."""
+    if rank():
+        return
     temporary = f"{path}.{os.getpid()}.tmp"
     torch.save(state, temporary)
     os.replace(temporary, path)
@@ -588,6 +628,8 @@ def save(state, path):
 
 def write_text(text, path):
     """The same for text."""
+    if rank():
+        return
     temporary = f"{path}.{os.getpid()}.tmp"
     Path(temporary).write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -670,11 +712,19 @@ def learning_rate(config, step, per_epoch):
 def train(config, space, data, model, arch, path):
     """Trains `model` (a Supernet if arch is "", else the Network of arch), checkpoint at `path`; returns it.
 
+    Started by torchrun, each process makes its share of a step's `accumulate` passes, with the same arch, and
+    their gradients are added up: a step is the same for any number of processes, but for batch norm's running
+    statistics, which are the first process's. (Not DistributedDataParallel: one path a step leaves most
+    parameters without a gradient, and the divergence is outside forward.)
+
     Goes on from `path` if config.resume. Ctrl-C and SIGTERM save after the step at hand. A kill loses the
     steps since the last checkpoint, which the resumed run repeats exactly; a checkpoint is due as soon as
     writing it costs less than SAVE_SHARE of the time (`fashion` supernet: every two seconds or so).
-    Raises ValueError, naming the arch, at the first loss that is not finite.
+    Raises ValueError, naming the arch, at the first loss that is not finite, and if the processes cannot
+    share the passes equally.
     """
+    if config.accumulate % processes():
+        raise ValueError(f"--accumulate {config.accumulate} is no multiple of the {processes()} processes")
     model.to(config.device).train()
     optimizer, generator = make_optimizer(model, config), torch.Generator().manual_seed(config.seed)
     per_epoch = max(1, data.size() // (config.batch * config.accumulate))
@@ -689,11 +739,11 @@ def train(config, space, data, model, arch, path):
                 order = data.epoch(config.batch * config.accumulate, generator)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, per_epoch)
-            parts = order[step % per_epoch].chunk(config.accumulate)
-            batches = [data.batch(rows, generator) for rows in parts]
+            batches = own_batches(config, data, order[step % per_epoch], generator)
             drawn = arch or space.sample(generator)
             optimizer.zero_grad()
-            loss, loss_ce = backward(config, model, arch, drawn, batches, generator)
+            means = backward(config, model, arch, drawn, batches, generator)
+            loss, loss_ce, stopped = add_up(model, [*means, float(len(stop))])
             if not math.isfinite(loss):
                 raise ValueError(f"the loss became {loss} at step {step} with arch {drawn}")
             optimizer.step()
@@ -704,24 +754,54 @@ def train(config, space, data, model, arch, path):
                 print_step(path, step, steps, losses, (time.monotonic() - started) / (step - first))
                 losses = []
             begun = time.monotonic()
-            if stop or step == steps or begun > save_after:
+            if stopped or step == steps or begun > save_after:
                 log.flush()
                 state = checkpoint(config, space, arch, model, optimizer, generator, step, order)
                 save(state | data.describe(), path)
                 save_after = time.monotonic() + (time.monotonic() - begun) / SAVE_SHARE
-            if stop:
+            if stopped:
                 raise KeyboardInterrupt
+    if processes() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+        dist.barrier()  # the checkpoint is there
     return model.eval()
+
+
+def own_batches(config, data, rows, generator):
+    """This process's share of the batches of a step. Several have a generator each, so that a process need
+    not load what the others do."""
+    parts = rows.chunk(config.accumulate)
+    if len(parts) == 1:
+        return [data.batch(rows, generator)]
+    seeds = torch.randint(2**31, (len(parts),), generator=generator).tolist()
+    return [
+        data.batch(part, torch.Generator().manual_seed(seed))
+        for part, seed in list(zip(parts, seeds))[rank() :: processes()]
+    ]
 
 
 def backward(config, model, arch, drawn, batches, generator):
     """Adds up the gradients of one step's batches; (loss, cross-entropy), means over them, as numbers."""
-    means = [0.0, 0.0]
+    means, count = [0.0, 0.0], len(batches) * processes()
     for batch in batches:
         pair = losses_of(config, model, arch, drawn, [t.to(config.device) for t in batch], generator)
-        (pair[0] / len(batches)).backward()
-        means = [mean + loss.item() / len(batches) for mean, loss in zip(means, pair)]
+        (pair[0] / count).backward()
+        means = [mean + loss.item() / count for mean, loss in zip(means, pair)]
     return means
+
+
+def add_up(model, numbers):
+    """Replaces gradients by their sums over all processes, in one message; returns the numbers' sums."""
+    if processes() == 1:
+        return numbers
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    message = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_tensor(numbers)])
+    dist.all_reduce(message)
+    *sums, tail = message.split([g.numel() for g in gradients] + [len(numbers)])
+    for gradient, total in zip(gradients, sums):
+        gradient.copy_(total.view_as(gradient))
+    return tail.tolist()
 
 
 def losses_of(config, model, arch, drawn, batch, generator):
@@ -765,6 +845,8 @@ def print_step(path, step, steps, losses, seconds):
 
 def open_log(path, step):
     """The log, cut back to the lines of the steps that the checkpoint has."""
+    if rank():
+        return open(os.devnull, "a")
     lines = path.read_text().splitlines(keepends=True)[:step] if path.exists() and step else []
     write_text("".join(lines), path)
     return open(path, "a", encoding="utf-8")
@@ -957,6 +1039,7 @@ def main(argv=None):
     """The command line of train.py."""
     config = parse(Config, __doc__, argv)
     check_device(config.device)
+    join_processes(config)
     if config.translate:
         return translate_stdin(config)
     space = find_space(config.space)
