@@ -36,13 +36,14 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import sys
 import time
 from collections import Counter, namedtuple
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,34 +65,23 @@ PRIMITIVES = {"conv": ("mult", "add"), "linear": ("mult", "add"), "matmul": ("mu
               "shift": ("shift", "add"), "add": ("add", "add")}
 ACCOUNTINGS = ("official", "uniform")
 LADDER = np.array(sorted(k * 2**i for k in (1, 3, 7) for i in range(12)))  # tile sizes of uniform
+# record, space, arch, ((image, array limit it was written with), ...) (official hw_record)
+PUBLISHED = (
+    ("T0_mix_v3", "bossnet_t0", "cc/cccc/sctaa/ttctt", ((224, 168), (256, 168), (288, 168))),
+    ("T0_mix_v4", "bossnet_t0", "cc/cscc/sctss/ttctt", ((224, 168), (256, 192))),
+    ("T1_mix_v3", "bossnet_t1", "cc/cccc/sctaa/ttctt", ((224, 168), (256, 168))),
+    ("T1_mix_v4", "bossnet_t1", "cc/cscc/sctss/ttctt", ((224, 192), (256, 192))))
+TRANSFORMERS = (("base", (512, 2048, 8)), ("big, qkv 512", (1024, 4096, 16, 6, 512)),
+                ("big, qkv 1024", (1024, 4096, 16)))  # arguments of transformer_layers
 
-
-class Layer(NamedTuple):
-    """One layer as the accelerator sees it; linear and matmul are `batch` rows of 1x1 maps."""
-
-    op: str
-    batch: int
-    kernel: int
-    stride: int
-    in_h: int
-    in_w: int
-    in_c: int
-    out_h: int
-    out_w: int
-    out_c: int
-    groups: int = 1
-
-    @property
-    def macs(self):
-        """Multiply-accumulates, or what stands for them in shift and add layers; groups honoured."""
-        return self.batch * self.out_h * self.out_w * self.out_c * self.kernel**2 * self.in_c // self.groups
-
-
+# one layer as the accelerator sees it, sizes in words; linear and matmul are `batch` rows of 1x1 maps
+Layer = namedtuple("Layer", "op batch kernel stride in_h in_w in_c out_h out_w out_c groups", defaults=[1])
 # factors of one layer (uniform: of one of its groups); N3, M3, C2, E3 are rounded up
 Tiling = namedtuple("Tiling", "n0 n3 m0 m1 m2 m3 c0 c1 c2 e1 e3")
 # energy_mj is the sum of the five levels; tiling is None for a network
 LEVELS = ("compute_mj", "dram_mj", "buffer_mj", "noc_mj", "rf_mj")
 Cost = namedtuple("Cost", ("energy_mj", "latency_ms", *LEVELS, "tiling"), defaults=[None])
+LEVEL_COLOURS = dict(zip(LEVELS, ("#F0E442", "#0072B2", "#FFFFFF", "#56B4E9", "#E69F00")))  # Okabe and Ito
 
 
 # ------------------------------------------------------------------------------------------ §1 one layer
@@ -122,10 +112,9 @@ def layer_cost(layer, bits=32, accounting="official", pe_limit=192):
 @lru_cache(maxsize=None)
 def _layer_cost(layer, bits, uniform, pe_limit):
     groups = layer.groups if uniform else 1
-    if uniform:
-        layer = layer._replace(in_c=layer.in_c // groups, out_c=layer.out_c // groups, groups=1)
-    limits = dict(LIMITS[bits], array=LIMITS[bits]["array"] * pe_limit)
-    levels_pj, cycles, tiling = _traffic(layer, _tilings(layer, limits, uniform), bits, uniform)
+    layer = layer._replace(in_c=layer.in_c // groups, out_c=layer.out_c // groups)
+    tilings = _tilings(layer, LIMITS[bits] | {"array": LIMITS[bits]["array"] * pe_limit}, uniform)
+    levels_pj, cycles = _traffic(layer, tilings, bits, uniform)
     energy_pj = sum(levels_pj)
     if uniform:
         score = np.where(energy_pj == energy_pj.min(), cycles, np.inf)
@@ -135,23 +124,22 @@ def _layer_cost(layer, bits, uniform, pe_limit):
     levels_mj = [float(np.broadcast_to(level, cycles.shape)[best]) * groups * 1e-9 for level in levels_pj]
     cycle_ns = CYCLE_NS * OFFICIAL_SHIFT_BITS / 32 if layer.op == "shift" and not uniform else CYCLE_NS
     latency_ms = float(cycles[best]) * groups * cycle_ns * 1e-6
-    return Cost(sum(levels_mj), latency_ms, *levels_mj, Tiling(*(int(factor[best]) for factor in tiling)))
+    return Cost(sum(levels_mj), latency_ms, *levels_mj, Tiling(*(int(factor[best]) for factor in tilings)))
 
 
-def _traffic(layer, tiles, bits, uniform):
-    """Energy by level (pJ), cycles and factors of every tiling, K of them (official get_energy, get_latency).
+def _traffic(layer, tilings, bits, uniform):
+    """Energy by level (pJ) and cycles of every tiling (official get_energy, get_latency).
 
         dram    I*M3 + Wt*N3*E3 + O                   buffer  I*M3*M2 + O*max(2(C2-1), 1)
         noc     I*M3*M2*M1*R*E/H + Wt*N3*E3*E1 + psum O*max(C2(C1 R-1), 1)
         rf      MACs inputs + MACs weights + O*max(2 C2 C1 R (C0 R-1), 1)
         cycles  N3 N0 M3 M2 M0 C2 C0 E3 F R
 
-    I = N H W C, Wt = R R C M, O = N E F M words. tiles (n0, m0, m1, m2, c0, c1, e1): arrays of K; the outer
-    factors are rounded up, so a product such as M3*M2 stands as the ceiling of M/(M0*M1).
+    I = N H W C, Wt = R R C M, O = N E F M words. The outer factors are rounded up, so a product such as M3*M2
+    stands as the ceiling of M/(M0*M1).
     """
     op, n, r, _, h, w, c, e, f, m, _ = layer
-    n0, m0, m1, m2, c0, c1, e1 = tiles
-    n3, e3, c2, m3 = -(-n // n0), -(-e // e1), -(-c // (c0 * c1)), -(-m // (m0 * m1 * m2))
+    n0, n3, m0, m1, _, m3, c0, c1, c2, _, e3 = tilings
     m_passes, c_passes = -(-m // (m0 * m1)), -(-c // c0)  # M3*M2 and C2*C1
     inputs, weights, outputs, macs = n * h * w * c, r * r * c * m, n * e * f * m, n * e * f * m * r * r * c
     act = weight = (OFFICIAL_SHIFT_BITS if op == "shift" and not uniform else bits) / 16  # words
@@ -166,8 +154,7 @@ def _traffic(layer, tiles, bits, uniform):
     noc = noc + pj["noc_psum"] * act * outputs * np.maximum(c_passes * r - c2, 1)
     rf = pj["rf"] * act * (macs + outputs * np.maximum(2 * r * (c * r - c_passes), 1))
     rf = rf + pj["rf_weight"] * weight * macs
-    cycles = n * f * r * m_passes * m0 * c2 * c0 * e3
-    return (compute, dram, buffer, noc, rf), cycles, (n0, n3, m0, m1, m2, m3, c0, c1, c2, e1, e3)
+    return (compute, dram, buffer, noc, rf), n * f * r * m_passes * m0 * c2 * c0 * e3
 
 
 @lru_cache(maxsize=None)
@@ -186,24 +173,24 @@ def _cross(left, right):
     return np.concatenate([np.repeat(left, right.shape[1], 1), np.tile(right, left.shape[1])])
 
 
-def _keep(tiles, mask, layer, limit):
-    if not mask.any():
-        raise ValueError(f"no tiling fits {layer}: {limit}")
-    return tiles[:, np.flatnonzero(mask)]
-
-
 def _tilings(layer, limits, uniform):
-    """n0, m0, m1, m2, c0, c1, e1 of every tiling within the limits, an array (7, K).
+    """Tiling of arrays: every one within the limits; ValueError naming the limit that leaves nothing.
 
     Official (valid_tiling): exact divisors, E1 = 1 only for FC and 1x1 maps. Uniform: LADDER cut at the
     layer's sizes; M2 is the most that the buffer holds, M0 one of the two largest, since filters that share a
-    register tile share each input. Raises ValueError naming the limit that leaves nothing.
+    register tile share each input.
     """
-    op, n, r, stride, h, w, c, e, f, m, _ = layer
-    if uniform:
-        def steps(size, above, last=0):
-            return np.unique(np.minimum(LADDER[LADDER < above][-last:], size))[None]
+    _, n, r, stride, h, w, c, e, f, m, _ = layer
 
+    def keep(tiles, mask, limit):
+        if not mask.any():
+            raise ValueError(f"no tiling fits {layer}: {limit}")
+        return tiles[:, np.flatnonzero(mask)]
+
+    def steps(size, above, last=0):
+        return np.unique(np.minimum(LADDER[LADDER < above][-last:], size))[None]
+
+    if uniform:
         array = -(-limits["array"] // r)
         m_tiles = _cross(steps(m, limits["output_rf"] + 1, 2), np.insert(steps(m, array), 1, 1, axis=0))
         c_tiles, e_tiles = _cross(steps(c, limits["input_rf"]), steps(c, array)), steps(e, array)
@@ -212,23 +199,22 @@ def _tilings(layer, limits, uniform):
         n_tiles, m_tiles, c_tiles, e_tiles = (
             _factorisations(size, parts)[:-1] for size, parts in ((n, 2), (m, 4), (c, 3), (e, 2)))
         m_tiles = m_tiles[:, m_tiles[0] <= limits["output_rf"]]
-        if op not in ("linear", "matmul") and not h == w == e == f == 1:
-            e_tiles = _keep(e_tiles, e_tiles[0] > 1, layer, "E1 > 1")
-    c_tiles = _keep(c_tiles, c_tiles[0] * r < limits["input_rf"], layer, f"C0*S < {limits['input_rf']}")
+        e_tiles = keep(e_tiles, (e_tiles[0] > 1) | (h == w == e == f == 1), "E1 > 1")
     array = f"M1*C1*E1*R < {limits['array']}"
+    c_tiles = keep(c_tiles, c_tiles[0] * r < limits["input_rf"], f"C0*S < {limits['input_rf']}")
     tiles = _cross(c_tiles, e_tiles)
-    tiles = _keep(tiles, tiles[1] * tiles[2] * r < limits["array"], layer, array)
-    tiles = _cross(m_tiles, tiles)
-    tiles = _keep(tiles, tiles[1] * tiles[4] * tiles[5] * r < limits["array"], layer, array)
-    weights = f"M0*C0*S < {limits['weight_rf']}"
-    tiles = _keep(tiles, tiles[0] * tiles[3] * r < limits["weight_rf"], layer, weights)
+    tiles = _cross(m_tiles, keep(tiles, tiles[1] * tiles[2] * r < limits["array"], array))
+    tiles = keep(tiles, tiles[1] * tiles[4] * tiles[5] * r < limits["array"], array)
+    tiles = keep(tiles, tiles[0] * tiles[3] * r < limits["weight_rf"], f"M0*C0*S < {limits['weight_rf']}")
     n0, m0, m1, m2, c0, c1, e1 = tiles = _cross(n_tiles, tiles)
     in_words = n0 * c0 * c1 * ((e1 - 1) * stride + r) * ((f - 1) * stride + r)
     out_words = n0 * m0 * m1 * e1 * f
     if uniform:
         m2[:] = np.clip((limits["buffer"] - 1 - in_words) // out_words, 1, -(-m // (m0 * m1)))
     fits = in_words + out_words * m2 < limits["buffer"]
-    return _keep(tiles, fits, layer, f"input and output tile < {limits['buffer']} words")
+    n0, m0, m1, m2, c0, c1, e1 = keep(tiles, fits, f"input and output tile < {limits['buffer']} words")
+    n3, m3, c2, e3 = -(-n // n0), -(-m // (m0 * m1 * m2)), -(-c // (c0 * c1)), -(-e // e1)
+    return Tiling(n0, n3, m0, m1, m2, m3, c0, c1, c2, e1, e3)
 
 
 # ------------------------------------------------------------------------------------- §2 whole networks
@@ -237,21 +223,26 @@ def _tilings(layer, limits, uniform):
 def network_cost(layers, bits=32, accounting="official", pe_limit=192):
     """Sum of layer_cost over layers that run one after another; equal layers are computed once."""
     costs = [layer_cost(layer, bits, accounting, pe_limit)[:-1] for layer in layers]
-    return Cost(*(math.fsum(column) for column in zip(*costs))) if costs else Cost(*[0.0] * 7)
+    return Cost(*(math.fsum(column) for column in zip(*costs or [[0.0] * len(Cost._fields[:-1])])))
 
 
 def operations(layers):
-    """{"mults", "shifts", "adds", "macs"}: what PRIMITIVES makes of every MAC, groups honoured."""
+    """{"mults", "shifts", "adds", "macs"}: PRIMITIVES of every multiply-accumulate, or what stands for it in
+    shift and add layers; groups honoured."""
     counts = dict.fromkeys(("mults", "shifts", "adds", "macs"), 0)
-    for layer in layers:
-        for name in (*PRIMITIVES[layer.op], "mac"):
-            counts[name + "s"] += layer.macs
+    for op, batch, kernel, _, _, _, in_c, out_h, out_w, out_c, groups in layers:
+        for name in (*PRIMITIVES[op], "mac"):
+            counts[name + "s"] += batch * out_h * out_w * out_c * kernel**2 * in_c // groups
     return counts
 
 
+def flops(layers):
+    """2 * MACs of a translation network as the published counter has them: no light operators' own sums."""
+    return 2 * operations([layer for layer in layers if layer.op not in ("conv", "add")])["macs"]
+
+
 def count_params(space, arch):
-    """Number of parameters of the network of an arch, built without memory for them; in translation without
-    the embedding."""
+    """Parameters of the network of an arch, built without memory for them; in translation, no embedding."""
     if isinstance(space, TokenSpace):
         return space.params(arch)
     with torch.device("meta"):
@@ -266,7 +257,7 @@ def network_layers(space, arch, image=None):
     """
     space = find_space(space) if isinstance(space, str) else space
     if isinstance(space, TokenSpace):
-        return token_layers(space, arch)
+        return token_layers(space.validate(arch), space.qkv, space.kernels)
     image = space.image if image is None else image
     size = tuple(image) if isinstance(image, (tuple, list)) else (image, image)
     if len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
@@ -282,7 +273,7 @@ def network_layers(space, arch, image=None):
         stride, out_c = space.strides[resolution] if entrance == "down" else 1, space.widths[resolution]
         layers += _block(OPS[letter], size, width, out_c, stride, space.head_dim, space.retraining)
         size, width = _out(3, stride, size), out_c
-    return layers + [Layer("linear", 1, 1, 1, 1, 1, width, 1, 1, space.classes)] * (1 + space.retraining)
+    return layers + [_linear(1, width, space.classes)] * (1 + space.retraining)
 
 
 def _out(kernel, stride, size):
@@ -294,90 +285,83 @@ def _conv(op, kernel, stride, size, in_c, out_c, groups=1):
     return Layer(op, 1, kernel, stride, *size, in_c, *_out(kernel, stride, size), out_c, groups)
 
 
+def _linear(rows, in_c, out_c, op="linear"):
+    return Layer(op, rows, 1, 1, 1, 1, in_c, 1, 1, out_c)
+
+
+_matmul = partial(_linear, op="matmul")  # product of two activations: the rows, of all heads, are the batch
+
+
 @lru_cache(maxsize=None)
 def _block(block_op, size, in_c, out_c, stride, head_dim, retraining):
     """Shortcut, 1x1, depthwise 3x3 (position encoding, stride), 3x3 or attention, 1x1, squeeze-excitation."""
     op, p, small = "conv" if block_op == "attn" else block_op, out_c // 4, _out(3, stride, size)
-    layers = []
-    if retraining and (stride > 1 or in_c != out_c):  # average pool, then 1x1
-        layers += [_conv(op, 1, 1, small, in_c, out_c)]
-    elif stride > 1 or in_c != out_c:
-        layers += [_conv(op, 3 if stride > 1 else 1, stride, size, in_c, out_c)]
-    layers += [_conv(op, 1, 1, size, in_c, p), _conv(op, 3, stride, size, p, p, p)]
+    rows, end = [(1, 1, size, in_c, p), (3, stride, size, p, p, p)], []
+    if stride > 1 or in_c != out_c:  # shortcut; retraining form: average pool, then 1x1
+        pooled = (1, 1, small) if retraining else (3 if stride > 1 else 1, stride, size)
+        rows.insert(0, (*pooled, in_c, out_c))
+    rows += [(1, 1, small, p, 3 * p) if block_op == "attn" else (3, 1, small, p, p)]
     if block_op == "attn":
         tokens, heads = small[0] * small[1], p // head_dim
-        layers += [_conv(op, 1, 1, small, p, 3 * p), _matmul(heads * tokens, head_dim, tokens),
-                   _matmul(heads * head_dim, tokens, tokens)]
-    else:
-        layers += [_conv(op, 3, 1, small, p, p)]
-    layers += [_conv(op, 1, 1, small, p, out_c)]
+        end = [_matmul(heads * tokens, head_dim, tokens), _matmul(heads * head_dim, tokens, tokens)]
+    end += [_conv(op, 1, 1, small, p, out_c)]
     if retraining and block_op != "attn":
-        squeezed = out_c // 16
-        layers += [_conv("conv", 1, 1, (1, 1), out_c, squeezed), _conv("conv", 1, 1, (1, 1), squeezed, out_c)]
-    return tuple(layers)
+        end += [_conv("conv", 1, 1, (1, 1), *io) for io in ((out_c, out_c // 16), (out_c // 16, out_c))]
+    return (*(_conv(op, *row) for row in rows), *end)
 
 
-def _matmul(rows, inner, columns):
-    """Product of two activations: the rows of the first operand, of all heads, are the batch."""
-    return Layer("matmul", rows, 1, 1, 1, 1, inner, 1, 1, columns)
+def token_layers(arch, qkv, kernels, tokens=30):
+    """Layers of an encoder-decoder, `tokens` source and target tokens in one pass (official sim).
 
-
-def transformer_layers(width, ffn, heads, layers=6, qkv=None, tokens=30):
-    """Layers of the standard encoder-decoder, `tokens` source and target tokens in one pass (official sim).
-
-    qkv: total width of queries, keys and values, default width. Embedding, layer norm, softmax and logits are
-    left out. Raises ValueError if heads do not divide qkv.
+    arch: as in TokenSpace; qkv: total width of queries, keys and values; kernels: taps, by layer. A light
+    operator over K taps is charged as K inputs and C outputs a token: exact MACs and outputs. Its projections
+    are multiplications, the shift layer of S is a shift (official: sqrt(K) x sqrt(K) kernels, both
+    projections half a shift, no shift layer). Left out: embedding, layer norm, softmax, logits.
     """
-    qkv = qkv or width
-    if qkv % heads:
-        raise ValueError(f"heads {heads} must divide the qkv width {qkv}")
-
-    def dense(in_c, out_c):
-        return Layer("linear", tokens, 1, 1, 1, 1, in_c, 1, 1, out_c)
-
-    products = [_matmul(heads * tokens, qkv // heads, tokens), _matmul(heads * tokens, tokens, qkv // heads)]
-    attention = [dense(width, qkv)] * 3 + products + [dense(qkv, width)]
-    feed_forward = [dense(width, ffn), dense(ffn, width)]
-    return (attention + feed_forward) * layers + (attention * 2 + feed_forward) * layers
-
-
-def token_layers(space, arch, tokens=30):
-    """Layers of an arch of a TokenSpace, `tokens` source and target tokens in one pass (official sim).
-
-    A light operator over K taps is charged as K inputs and C outputs a token: exact MACs and outputs. Its
-    projections are multiplications, the shift layer of S is a shift (official: sqrt(K) x sqrt(K) kernels,
-    both projections half a shift, no shift layer). Left out: embedding, layer norm, softmax, logits.
-    """
-    encoder, decoder, qkv = space.validate(arch)["encoder"], arch["decoder"], space.qkv
-
-    def dense(in_c, out_c, op="linear", rows=tokens):
-        return Layer(op, rows, 1, 1, 1, 1, in_c, 1, 1, out_c)
-
     def attention(width, memory, heads, keys):
-        products = [_matmul(heads * tokens, qkv // heads, keys), _matmul(heads * tokens, keys, qkv // heads)]
-        return [dense(width, qkv), *[dense(memory, qkv, rows=keys)] * 2, *products, dense(qkv, width)]
+        return [_linear(tokens, width, qkv), *[_linear(keys, memory, qkv)] * 2,
+                _matmul(heads * tokens, qkv // heads, keys), _matmul(heads * tokens, keys, qkv // heads),
+                _linear(tokens, qkv, width)]
 
     def mixing(kind, width, heads, taps):
-        part, layers = width // len(kind), []
-        if kind[0] == "T":
-            layers += attention(part, part, heads, tokens)
+        part = width // len(kind)
+        layers = attention(part, part, heads, tokens) if kind[0] == "T" else []
         if kind[-1] != "T":
-            light = dense(taps, part, "conv" if kind[-1] == "C" else "add")
-            layers += [dense(part, part), *[dense(part, part, "shift")] * (kind[-1] == "S"), light]
-            layers += [dense(part, part)]
+            square, light = _linear(tokens, part, part), "conv" if kind[-1] == "C" else "add"
+            layers += [square, *[square._replace(op="shift")] * (kind[-1] == "S")]
+            layers += [_linear(tokens, taps, part, light), square]
         return layers
 
-    layers, E, D = [], encoder["embed_dim"], decoder["embed_dim"]
-    for *genes, ffn, taps in zip(encoder["types"], encoder["heads"], encoder["ffn"], space.kernels):
-        layers += [*mixing(genes[0], E, genes[1], taps), dense(E, ffn), dense(ffn, E)]
+    layers, width, memory = [], arch["decoder"]["embed_dim"], arch["encoder"]["embed_dim"]
+    genes = zip(*(arch["encoder"][name] for name in ("types", "heads", "ffn")), kernels)
+    for kind, heads, ffn, taps in genes:
+        layers += mixing(kind, memory, heads, taps)
+        layers += [_linear(tokens, memory, ffn), _linear(tokens, ffn, memory)]
     names = ("types", "self_heads", "cross_heads", "sources", "ffn")
-    for *genes, ffn, taps in zip(*(decoder[name] for name in names), space.kernels):
-        layers += mixing(genes[0], D, genes[1], taps)
-        layers += [*attention(D, E, genes[2], SOURCES[genes[3]] * tokens), dense(D, ffn), dense(ffn, D)]
+    for kind, heads, cross, source, ffn, taps in zip(*(arch["decoder"][name] for name in names), kernels):
+        layers += mixing(kind, width, heads, taps) + attention(width, memory, cross, SOURCES[source] * tokens)
+        layers += [_linear(tokens, width, ffn), _linear(tokens, ffn, width)]
     return layers
 
 
+def transformer_layers(width, ffn, heads, layers=6, qkv=None):
+    """token_layers of the standard Transformer; qkv: default width. ValueError if heads do not divide qkv."""
+    qkv = qkv or width
+    if qkv % heads:
+        raise ValueError(f"heads {heads} must divide the qkv width {qkv}")
+    lists = dict.fromkeys(("heads", "self_heads", "cross_heads"), heads)
+    lists |= {"types": "T", "sources": -1, "ffn": ffn}
+    part = {"embed_dim": width} | {name: [value] * layers for name, value in lists.items()}
+    return token_layers({"encoder": part, "decoder": part}, qkv, [1] * layers)
+
+
 # ----------------------------------------------------------------------------------- §3 measured latency
+
+
+def all_of(letter, space, arch):
+    """The network of the same depths with one op everywhere; conv where a resolution does not offer it."""
+    return "/".join(
+        (letter if letter in ops else "c") * len(stage) for ops, stage in zip(space.ops, arch.split("/")))
 
 
 def measured_table(space, path, image=None):
@@ -385,12 +369,11 @@ def measured_table(space, path, image=None):
 
         {"machine": {...}, "latency_ms": {part: ms}, "check": {arch: [predicted_ms, timed_ms]}}
 
-    A part is the stem, the head or a kind of block, timed inside networks of one letter (conv where it is not
-    offered), one thread, batch 1; 20 random networks are timed whole in the same rounds. A table of another
-    processor, torch, kernel build, space, image or source text is measured again; a file that is no table
-    raises ValueError.
+    A part is the stem, the head or a kind of block, timed inside networks of one letter, one thread, batch 1;
+    20 random networks are timed whole in the same rounds. A table of another processor, torch, kernel build,
+    space, image or source text is measured again; a file that is no table raises ValueError.
     """
-    folder, ops, depths = Path(__file__).parent, space.ops, max(space.depths, key=min)
+    folder = Path(__file__).parent
     source = b"".join((folder / name).read_bytes() for name in ("shiftaddnas.py", "kernels.cu"))
     machine = {"cpu": cpu_model().rpartition(": ")[2], "kernels": kernel_build("cpu"), "threads": 1,
                "torch": torch.__version__, "source": hashlib.sha256(source).hexdigest()[:16],
@@ -402,18 +385,17 @@ def measured_table(space, path, image=None):
                 return table
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is not a latency table: remove it or name another file") from None
-    pure = ["/".join((letter if letter in offered else "c") * depth for offered, depth in zip(ops, depths))
-            for letter in sorted(set("".join(ops)))]
-    generator = torch.Generator().manual_seed(0)
+    deepest = "/".join("c" * depth for depth in max(space.depths, key=min))
+    pure = [all_of(letter, space, deepest) for letter in sorted(set("".join(space.ops)))]
+    generator, jobs = torch.Generator().manual_seed(0), []
     drawn = [space.sample(generator) for _ in range(20)]
-    jobs = []
     for network in (build(space, arch).eval() for arch in pure):
         blocks = [partial(block, entrance=name) for block in network.blocks for name in block.entrances]
         jobs.append([network.stem, *blocks, network.head])
     jobs += [[build(space, arch).eval()] for arch in drawn]
     timed = _timed_ms(jobs, torch.rand(1, space.in_channels, machine["image"], machine["image"]))
-    table = {"machine": machine, "latency_ms": {
-        part: ms for arch, row in zip(pure, timed) for part, ms in zip(_parts(space, arch), row)}}
+    parts = {part: ms for arch, row in zip(pure, timed) for part, ms in zip(_parts(space, arch), row)}
+    table = {"machine": machine, "latency_ms": parts}
     table["check"] = {arch: [measured_latency_ms(space, arch, table), ms]
                       for arch, (ms,) in zip(drawn, timed[len(pure):])}
     write_text(json.dumps(table, indent=1), path)
@@ -458,83 +440,80 @@ def _timed_ms(jobs, image, rounds=20):
 
 # -------------------------------------------------------------------------------------------- §4 reports
 
-# record, space, arch, ((image, array limit it was written with), ...) (official hw_record)
-PUBLISHED = (
-    ("T0_mix_v3", "bossnet_t0", "cc/cccc/sctaa/ttctt", ((224, 168), (256, 168), (288, 168))),
-    ("T0_mix_v4", "bossnet_t0", "cc/cscc/sctss/ttctt", ((224, 168), (256, 192))),
-    ("T1_mix_v3", "bossnet_t1", "cc/cccc/sctaa/ttctt", ((224, 168), (256, 168))),
-    ("T1_mix_v4", "bossnet_t1", "cc/cscc/sctss/ttctt", ((224, 192), (256, 192))))
-TRANSFORMERS = (("base", (512, 2048, 8)), ("big, qkv 512", (1024, 4096, 16, 6, 512)),
-                ("big, qkv 1024", (1024, 4096, 16)))  # arguments of transformer_layers
+
+def short(arch):
+    """An arch for a line on the screen: its types, in translation without the sizes."""
+    if isinstance(arch, str):
+        return arch
+    return " / ".join(" ".join(arch[part]["types"]) for part in ("encoder", "decoder"))
 
 
 def report(space, arch, image=None, bits=32, accounting="official", pe_limit=192):
     """Everything the command line shows of one network, as a dict of plain values; space: its name."""
     layers, tokens = network_layers(space, arch, image), isinstance(find_space(space), TokenSpace)
-    size = {"flops": find_space(space).flops(arch)} if tokens else {"image": [layers[0].in_h, layers[0].in_w]}
+    size = {"flops": flops(layers)} if tokens else {"image": [layers[0].in_h, layers[0].in_w]}
+    settings = {"bits": bits, "accounting": accounting, "pe_limit": pe_limit}
 
     def costs(own):
-        cost = network_cost(own, bits, accounting, pe_limit)
-        return {**dict(zip(Cost._fields, cost[:-1])), **operations(own)}
+        return dict(zip(Cost._fields[:-1], network_cost(own, **settings))) | operations(own)
 
     counts = Counter(layer.op for layer in layers)
     by_op = {op: {"layers": n, **costs([x for x in layers if x.op == op])} for op, n in counts.items()}
-    return {"space": space, "arch": arch, **size, "accounting": accounting,
-            "bits": bits, "pe_limit": pe_limit, **costs(layers), "layers": dict(counts), "by_op": by_op,
-            "params": count_params(find_space(space), arch)}
+    return {"space": space, "arch": arch, **size, **settings, **costs(layers), "layers": dict(counts),
+            "by_op": by_op, "params": count_params(find_space(space), arch)}
 
 
 def energy_table():
     """Markdown: every published network under both accountings, beside its twin of convolutions only."""
-    rows = [(name, image, limit, network_layers(space, arch, image),
+    rows = [(name, image, limit, 3, network_layers(space, arch, image),
              network_layers(space, re.sub("[sa]", "c", arch), image))
             for name, space, arch, images in PUBLISHED for image, limit in images]
-    rows += [("Transformer " + name, "30 + 30 tokens", 168, transformer_layers(*shape), None)
+    rows += [("Transformer " + name, "30 + 30 tokens", 168, 5, transformer_layers(*shape), None)
              for name, shape in TRANSFORMERS]
-    saved, lines = {(accounting, i): [] for accounting in ACCOUNTINGS for i in (0, 1)}, []
-    for name, image, limit, layers, twin in rows:
-        cells = [name, str(image), str(limit)]
-        for accounting, pe_limit in (("official", limit), ("uniform", 168)):
-            own = network_cost(layers, 32, accounting, pe_limit)
-            cells += [f"{own[i]:.{3 if twin else 5}f}" for i in (0, 1)]
-            other = network_cost(twin or [], 32, accounting, pe_limit)
-            percent = [100 - 100 * own[i] / other[i] for i in (0, 1)] if twin else []
-            cells += [f"{value:.1f} %" for value in percent] or ["", ""]
-            for i, value in enumerate(percent):
-                saved[accounting, i].append(value)
-        lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
-    span = {key: f"{min(percents):.1f} to {max(percents):.1f} %" for key, percents in saved.items()}
-    return "\n".join((
-        "# Energy and latency of the published networks\n",
-        "32 bits. Official: the array limit of the record. Uniform: M1\\*C1\\*E1\\*R < 168 for all. Saved:",
-        "against the same network with a convolution block for every shift and add block, same accounting.\n",
-        "| network | image | limit "
-        + "".join(f"| {accounting} mJ | ms | saved mJ | saved ms " for accounting in ACCOUNTINGS) + "|",
-        "|---" * 11 + "|", *lines,
-        f"\nWhat remains of the saving: shift and add blocks save {span['official', 0]} of the energy and "
-        f"{span['official', 1]} of the latency as published, and {span['uniform', 0]} of the energy and "
-        f"{span['uniform', 1]} of the latency under uniform rules.\n"))
+    titles = "".join(f"| {accounting} mJ | ms | saved mJ | saved ms " for accounting in ACCOUNTINGS)
+    text, saved = [f"| network | image | limit {titles}|", "|---" * 11 + "|"], []
+    for name, image, limit, digits, layers, twin in rows:
+        own, other = (np.array([network_cost(part, 32, *rule)[:2] for rule in zip(ACCOUNTINGS, (limit, 168))])
+                      for part in (layers, twin or layers))
+        percent = 100 - 100 * own / other
+        cells = ("".join(f" {value:.{digits}f} |" for value in costs)
+                 + ("".join(f" {value:.1f} % |" for value in saving) if twin else " | |")
+                 for costs, saving in zip(own, percent))
+        text.append(f"| {name} | {image} | {limit} |" + "".join(cells))
+        saved += [percent.ravel()] if twin else []
+    spans = [f"{min(column):.1f} to {max(column):.1f} % of the" for column in zip(*saved)]
+    return """# Energy and latency of the published networks
+
+32 bits. Official: the array limit of the record. Uniform: M1\\*C1\\*E1\\*R < 168 for all. Saved:
+against the same network with a convolution block for every shift and add block, same accounting.
+
+{}
+
+What remains of the saving: shift and add blocks save {} energy and {} latency as published, and {} energy \
+and {} latency under uniform rules.
+""".format("\n".join(text), *spans)
 
 
-def plot(results, path):
-    """Stacked bars of energy by memory level, one bar a network; ValueError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib, which is not installed") from None
-    axes = (figure := Figure((2 + 1.5 * len(results), 4), layout="constrained")).subplots()
-    names = [f"{number} {result['arch']}" for number, result in enumerate(results, 1)]
-    below = np.zeros(len(results))
-    for level in LEVELS:
-        heights = np.array([result[level] for result in results])
-        axes.bar(names, heights, 0.6, below, label=level.removesuffix("_mj"))
+@contextmanager
+def figure_at(path, width, height):
+    """A matplotlib Figure, sizes in inches, that is written to `path` in the end; ImportError without it."""
+    from matplotlib.figure import Figure
+
+    figure, draft = Figure((width, height), layout="constrained"), f"{path}.{os.getpid()}.tmp"
+    yield figure
+    figure.savefig(draft, format=Path(path).suffix[1:] or "png", dpi=120)
+    os.replace(draft, path)
+
+
+def draw_levels(axes, bars):
+    """Stacked bars of energy by memory level, {label: {level: mJ}}; told apart by lightness and hatch too."""
+    below = np.zeros(len(bars))
+    for (level, colour), hatch in zip(LEVEL_COLOURS.items(), ("", "", "//", "", "..")):
+        heights = np.array([bar[level] for bar in bars.values()])
+        axes.bar(list(bars), heights, 0.6, below, color=colour, hatch=hatch, edgecolor="k", linewidth=0.5,
+                 label=level.removesuffix("_mj"))
         below += heights
     axes.set_ylabel("energy (mJ)")
-    axes.tick_params(axis="x", labelrotation=20)
-    axes.legend()
-    draft = Path(f"{path}.tmp")
-    figure.savefig(draft, format=Path(path).suffix[1:] or "png")
-    draft.replace(path)
 
 
 def benchmark(bits, accounting, pe_limit, archs=10_000):
@@ -563,7 +542,7 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv):
     parser = _Parser(allow_abbrev=False, description=__doc__.splitlines()[0])
     flag, output = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    flag("--space", default="fashion", help="fashion, cifar10, cifar100, hytra, bossnet_t0 or bossnet_t1")
+    flag("--space", default="fashion", help="as in search.py, or bossnet_t0, bossnet_t1")
     flag("--arch", help='e.g. cc/cc/tt, or a .json file with the key "arch"')
     flag("--image", help="side, or HxW; default: the space's")
     flag("--bits", type=int, default=32, help="32 or 8")
@@ -589,18 +568,20 @@ def _run(args):
         return f"wrote {args.table}"
     if not args.arch:
         raise ValueError('give --arch, e.g. "cc/cc/tt" in space fashion')
-    space = find_space(args.space)
+    space, image = find_space(args.space), None
     archs = [read_arch(space, arch) for arch in (args.arch, *args.compare)]
-    if isinstance(space, TokenSpace):
-        if args.image or args.measure:
-            raise ValueError(f"--image and --measure are for images, not for space {space.name}")
-        args.image = "1"
-    sides = (args.image or str(space.image)).split("x")
-    image = tuple(int(side) if side.isdecimal() else side for side in sides)
-    image = image * 2 if len(image) == 1 else image
+    if isinstance(space, TokenSpace) and (args.image or args.measure):
+        raise ValueError(f"--image and --measure are for images, not for space {space.name}")
+    if args.image:
+        sides = tuple(int(side) if side.isdecimal() else side for side in args.image.split("x"))
+        image = sides * 2 if len(sides) == 1 else sides
     results = [report(space.name, arch, image, **settings) for arch in archs]
     if args.plot:
-        plot(results, args.plot)
+        with figure_at(args.plot, 2 + 1.5 * len(results), 4) as figure:
+            axes = figure.subplots()
+            draw_levels(axes, {f"{n} {short(row['arch'])}": row for n, row in enumerate(results, 1)})
+            axes.tick_params(axis="x", labelrotation=20)
+            axes.legend()
     if args.json:
         return json.dumps(results if args.compare else results[0], indent=1)
     if args.csv:
@@ -610,45 +591,44 @@ def _run(args):
             for layer in network_layers(space, arch, image):
                 writer.writerow((arch,) + layer + layer_cost(layer, **settings)[:-1])
         return text.getvalue().rstrip()
-    measured = [_measured_text(space, archs, args.measure, image)] if args.measure else []
-    return "\n".join([_text(results), *measured])
+    return "\n".join(_text(results) + (_measured(space, archs, args.measure, image) if args.measure else []))
 
 
 def _text(results):
-    """The first network by operator and memory level, then a line for each other, relative to it."""
+    """Lines: the first network by operator and memory level, then each other one relative to it."""
     columns, first = [*LEVELS, "energy_mj", "latency_ms"], results[0]
     size = "image {}x{}".format(*first["image"]) if "image" in first else "30 + 30 tokens"
-    lines = ["{space} {arch}  {size}  {params:,} params  {accounting}, {bits} bits, "
-             "PE limit {pe_limit}".format(size=size, **first),
+    lines = ["{space} {name}  {size}  {params:,} params  {accounting}, {bits} bits, "
+             "PE limit {pe_limit}".format(name=short(first["arch"]), size=size, **first),
              f"{'op':8}{'layers':>7}{'MACs/G':>9}" + "".join(f"{name:>12}" for name in columns)]
-    for name, row in {**first["by_op"], "total": dict(first, layers=sum(first["layers"].values()))}.items():
+    for name, row in {**first["by_op"], "total": first | {"layers": sum(first["layers"].values())}}.items():
         numbers = "".join(f"{row[column]:12.3f}" for column in columns)
         lines.append(f"{name:8}{row['layers']:7}{row['macs'] / 1e9:9.3f}" + numbers)
     for row in results[1:]:
-        change = {name: f"{row[name]:.3f} {unit} ({100 * row[name] / first[name] - 100:+.1f} %)"
-                  for name, unit in (("energy_mj", "mJ"), ("latency_ms", "ms"))}
-        lines.append(f"{row['arch']}  {change['energy_mj']}  {change['latency_ms']}")
-    return "\n".join(lines)
+        change = (f"{row[name]:.3f} {unit} ({100 * row[name] / first[name] - 100:+.1f} %)"
+                  for name, unit in (("energy_mj", "mJ"), ("latency_ms", "ms")))
+        lines.append("  ".join((short(row["arch"]), *change)))
+    return lines
 
 
-def _measured_text(space, archs, path, image):
-    """Predicted latency of the archs, and how far such predictions were from 20 timed networks."""
-    if image[0] != image[1]:
+def _measured(space, archs, path, image):
+    """Lines: predicted latency of the archs, and how far such predictions were from 20 timed networks."""
+    if image and image[0] != image[1]:
         raise ValueError(f"--measure needs a square image, not {image[0]}x{image[1]}")
-    table = measured_table(space, path, image[0])
-    lines = [f"{arch}  {measured_latency_ms(space, arch, table):.3f} ms predicted" for arch in archs]
+    table = measured_table(space, path, image and image[0])
     errors = [100 * abs(predicted / timed - 1) for predicted, timed in table["check"].values()]
     least, low, median, high, most = np.quantile(errors, [0, 0.25, 0.5, 0.75, 1])
-    return "\n".join([f"measured on {table['machine']['cpu']}, one thread, batch 1", *lines,
-                      f"{len(errors)} random networks, predicted against timed: median error {median:.1f} %, "
-                      f"quartiles {low:.1f} and {high:.1f} %, {least:.1f} to {most:.1f} %"])
+    return [f"measured on {table['machine']['cpu']}, one thread, batch 1",
+            *(f"{arch}  {measured_latency_ms(space, arch, table):.3f} ms predicted" for arch in archs),
+            f"{len(errors)} random networks, predicted against timed: median error {median:.1f} %, "
+            f"quartiles {low:.1f} and {high:.1f} %, {least:.1f} to {most:.1f} %"]
 
 
 def main(argv=None):
     """Exit code 0, or 2 with one sentence on stderr."""
     try:
         print(_run(_parse(argv)))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"cost_model.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -6,6 +6,7 @@
     python search.py --space translation        the same for translation, BLEU in out/translation/search.json
     python search.py --study sharing            four ways to share weights, half an hour: results/sharing.md
     python search.py --summary out/0,out/1,out/2 --out results          mean and deviation over seeds
+    python search.py --figures                  figures of the results, results/*.png
 
 Run the same command again after an interruption: every phase goes on where it was. --resume says that this is
 what you mean: it is an error then if there is nothing to go on from.
@@ -30,8 +31,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cost_model import count_params, measured_latency_ms, measured_table, network_cost, network_layers
-from cost_model import operations
+from cost_model import ACCOUNTINGS, PRIMITIVES, PUBLISHED, all_of, count_params, draw_levels, figure_at
+from cost_model import measured_latency_ms, measured_table, network_cost, network_layers, operations, short
 from shiftaddnas import LAPLACE_SCALE, SPACES, TYPES, Sharing, SharedWeight, Supernet
 from shiftaddnas import TOKEN_SPACES, TokenSpace
 from shiftaddnas import build, find_space, power_of_two
@@ -70,6 +71,7 @@ class SearchConfig(Config):
     quick: bool = flag(False, "a short run to see that all works: settings `quick` of RECIPES in train.py")
     study: str = flag("", "no search: compare ways of weight sharing -> results/", choices=("", "sharing"))
     summary: str = flag("", "no search: mean and deviation of these finished ones, A,B,... -> OUT/search.md")
+    figures: bool = flag(False, "no search: figures of the results in results/ -> PNG files there")
 
 
 # ----------------------------------------------------------------------------------------------- budget
@@ -100,13 +102,6 @@ def latency_table(config, space):
     return read_table(space, os.path.join(config.out, "measured.json")) if config.max_measured_ms else None
 
 
-def all_of(letter, space, arch):
-    """The network of the same depths with one op everywhere; conv where a resolution does not offer it."""
-    return "/".join(
-        (letter if letter in ops else "c") * len(stage) for ops, stage in zip(space.ops, arch.split("/"))
-    )
-
-
 def reference(space, arch):
     """The network that --budget is a share of: all-conv of the same depths; the largest all-attention one in
     translation."""
@@ -121,13 +116,6 @@ def key_of(arch):
 def arch_of(key):
     """The arch of a key."""
     return json.loads(key) if key.startswith("{") else key
-
-
-def short(arch):
-    """An arch for a line on the screen: its types, in translation without the sizes."""
-    if isinstance(arch, str):
-        return arch
-    return " / ".join(" ".join(arch[part]["types"]) for part in ("encoder", "decoder"))
 
 
 def limits(config, space, arch):
@@ -300,36 +288,116 @@ def print_table(rows):
         )
 
 
-def plot_pareto(scores, space, rows, path):
-    """Accuracy against energy: scored archs (validation, inherited weights) and retrained networks (test)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no out/pareto.png: matplotlib is not installed")
-        return
-    axes = (figure := Figure((6, 4), layout="constrained")).subplots()
+# fill, ink and hatch of a letter, fill and marker of a network (Okabe and Ito's colours)
+LOOKS = {"t": ("#000000", "w", ""), "c": ("#0072B2", "w", ""), "s": ("#56B4E9", "k", "///"),
+         "a": ("#F0E442", "k", "...")}
+MARKS = {"winner": ("#D55E00", "*"), "random": ("w", "o"), "all-attention": ("k", "X"),
+         "all-conv": ("#0072B2", "s"), "all-shift": ("#56B4E9", "D"), "all-add": ("#F0E442", "^")}
+
+
+def cells(arch):
+    """Letters or types of an arch, a list a resolution; in translation of encoder and decoder."""
+    if isinstance(arch, str):
+        return [list(stage) for stage in arch.split("/")]
+    return [arch[part]["types"] for part in ("encoder", "decoder")]
+
+
+def strip(arch):
+    """An arch as a line of text: stem  [s][s] / [s][s][c] / [s][c][a]  head."""
+    stages = " / ".join("".join(f"[{kind}]" for kind in stage) for stage in cells(arch))
+    return f"stem  {stages}  head" if isinstance(arch, str) else f"encoder / decoder  {stages}"
+
+
+def pareto_front(points):
+    """The points (energy_mj, quality) that no other betters, by rising energy."""
+    front = []
+    for energy_mj, quality in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or quality > front[-1][1]:
+            front.append((energy_mj, quality))
+    return front
+
+
+def plot_pareto(runs, path):
+    """Energy against quality of the networks of one or more results: scored ones with inherited weights on
+    the validation data (left out where the results lack them), and retrained ones on the test data."""
+    space, rows = find_space(runs[0]["config"]["space"]), [row for run in runs for row in run["table"]]
     measure = "bleu" if "bleu" in rows[0] else "test_accuracy"
-    axes.scatter(
-        [network_cost(network_layers(space, arch_of(key))).energy_mj for key in scores],
-        list(scores.values()),
-        s=14,
-        c="0.6",
-        label="scored, validation, inherited weights",
-    )
-    for row, marker in zip(rows, "sD^vPo"):
-        axes.scatter(
-            row["energy_mj"],
-            row[measure],
-            s=60,
-            marker=marker,
-            label=f"{row['name']}, test, retrained",
-        )
-    axes.set_xlabel("energy (mJ an image, official accounting)")
-    axes.set_ylabel("BLEU; scored: -nats a token" if measure == "bleu" else "accuracy (%)")
-    axes.legend(fontsize=7)
-    temporary = f"{path}.tmp.png"
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+    title, loss = ("BLEU", "minus loss, nats a token") if measure == "bleu" else ["accuracy, %"] * 2
+    scored = [(network_cost(network_layers(space, arch_of(key))).energy_mj, fitness)
+              for run in runs for key, fitness in run.get("scores", {}).items()]
+    panels = {"retrained, test data": ([(row["energy_mj"], row[measure]) for row in rows], title)}
+    if scored:
+        panels = {"scored, inherited weights, validation data": (scored, loss)} | panels
+    with figure_at(path, 4.5 * len(panels), 3.8) as figure:
+        every = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, (points, quality)) in zip(every, panels.items()):
+            axes.step(*zip(*pareto_front(points)), where="post", color="0.4", linewidth=1, zorder=0)
+            axes.scatter(*zip(*points), s=12, c="0.6")
+            axes.set(title=title, xlabel="energy, mJ, official accounting", ylabel=quality)
+        for name in dict.fromkeys(row["name"] for row in rows):
+            own = [(row["energy_mj"], row[measure]) for row in rows if row["name"] == name]
+            fill, marker = MARKS[name]
+            axes.scatter(*zip(*own), s=150 if marker == "*" else 60, c=fill, marker=marker, edgecolors="k",
+                         label=name)
+        axes.legend(fontsize=8)
+
+
+def boxes(arch):
+    """(x, width, letter) of the strip of an arch: one unit a block, halves where a layer mixes two ways."""
+    x = 0.0
+    for stage in cells(arch):
+        for kind in stage:
+            yield from ((x + i / len(kind), 1 / len(kind), letter) for i, letter in enumerate(kind))
+            x += 1
+        x += 0.4
+
+
+def plot_archs(runs, path):
+    """Every retrained network as a strip, a cell a block with its letter, with its quality and energy."""
+    rows = sorted((row for run in runs for row in run["table"]), key=lambda row: [*MARKS].index(row["name"]))
+    rows = list({key_of(row["arch"]): row for row in rows}.values())
+    with figure_at(path, 8, 0.3 + 0.32 * len(rows)) as figure:
+        axes = figure.subplots()
+        for y, row in enumerate(rows):
+            for x, width, letter in boxes(row["arch"]):
+                fill, ink, hatch = LOOKS[letter.lower()]
+                axes.barh(y, width, 0.8, x, align="center", color=fill, hatch=hatch, edgecolor="0.4")
+                axes.text(x + width / 2, y, letter, color=ink, ha="center", va="center", weight="bold",
+                          bbox={"color": fill, "pad": 1.5, "linewidth": 0})
+            quality = f"{row['bleu']:.1f} BLEU" if "bleu" in row else f"{row['test_accuracy']:.1f} %"
+            axes.text(10.2, y, f"{quality}, {row['energy_mj']:.3f} mJ", va="center")
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axes.set(xlim=(-0.1, 13), ylim=(len(rows) - 0.5, -0.5), xticks=[], frame_on=False)
+
+
+def plot_energy(space, winner, path):
+    """Energy by operator and memory level, official and uniform, of a published network and the winner."""
+    name, *published, ((image, limit), *_) = PUBLISHED[0]
+    networks = {f"{name}, {image} x {image}": (network_layers(*published, image), limit),
+                f"{space} {winner}": (network_layers(space, winner), 192)}
+    with figure_at(path, 9, 6) as figure:
+        for pair, (title, (layers, limit)) in zip(figure.subplots(2, 2, sharey="row"), networks.items()):
+            for axes, rule in zip(pair, ACCOUNTINGS):
+                own = {op: [layer for layer in layers if layer.op == op] for op in PRIMITIVES}
+                costs = {op: network_cost(part, 32, rule, limit)._asdict() for op, part in own.items()}
+                draw_levels(axes, {op: cost for op, cost in costs.items() if cost["energy_mj"]})
+                total_mj = network_cost(layers, 32, rule, limit).energy_mj
+                axes.set_title(f"{title}, {rule}: {total_mj:.3g} mJ", fontsize=10)
+        axes.legend()
+
+
+def figures():
+    """Figures of the committed results, PNG files beside them, and the winners as lines of text."""
+    try:
+        for folder in (RESULTS, RESULTS / "translation"):
+            runs = json.loads((folder / "search.json").read_text())["runs"]
+            plot_pareto(runs, folder / "pareto.png")
+            plot_archs(runs, folder / "archs.png")
+            print("\n".join(strip(run["winner"]) for run in runs))
+            if folder == RESULTS:
+                plot_energy(runs[0]["config"]["space"], runs[0]["winner"], folder / "energy.png")
+    except ImportError as error:
+        print(f"no figures: {error}")
 
 
 def search(config, space, data, supernet, path):
@@ -384,7 +452,10 @@ def write_results(config, space, scores, finalists, rows, samples):
     write_text(json.dumps(result, indent=1), out / "search.json")
     write_text(json.dumps({"space": space.name, "arch": winner}), out / "winner.json")
     print_table(rows)
-    plot_pareto(scores, space, rows, out / "pareto.png")
+    try:
+        plot_pareto([result], out / "pareto.png")
+    except ImportError as error:
+        print(f"no {out / 'pareto.png'}: {error}")
 
 
 def summarise(folders, out):
@@ -408,6 +479,8 @@ def summarise(folders, out):
         )
     names = ("seed", "winner", "budget", "table", "config", "translations")
     kept = [{name: run[name] for name in names if name in run} for run in runs]
+    for own, run in zip(kept, runs):
+        own["scores"] = {key: round(fitness, 4) for key, fitness in run.get("scores", {}).items()}
     Path(out).mkdir(parents=True, exist_ok=True)
     write_text(json.dumps({"runs": kept}, indent=1), os.path.join(out, "search.json"))
     write_text("\n".join(lines) + "\n", os.path.join(out, "search.md"))
@@ -585,6 +658,8 @@ def plot_weights(space, checkpoint, path):
 def main(argv=None):
     """The command line of search.py: supernet, search, retraining, table."""
     config = parse(SearchConfig, __doc__, argv, hidden=("arch", "init", "translate"))
+    if config.figures:
+        return figures()
     if config.summary:
         return summarise(config.summary.split(","), config.out)
     if config.study and config.space in TOKEN_SPACES:

@@ -1397,24 +1397,6 @@ class TokenSpace:
         light = (2 + (kind[-1] == "S")) * part * (part + 1) + heads * self.kernels[layer]
         return attention * (kind[0] == "T") + light * (kind[-1] != "T")
 
-    def flops(self, arch, tokens=30):
-        """2 * MACs of one pass with `tokens` source and target tokens, as the published counter has them: the
-        light operators' own sums and the logits are left out."""
-        encoder, decoder = self.validate(arch)["encoder"], arch["decoder"]
-        E, D, Q, n, macs = encoder["embed_dim"], decoder["embed_dim"], self.qkv, tokens, 0
-
-        def mixing(kind, width):
-            part = width if len(kind) == 1 else width // 2
-            attention, light = 4 * n * part * Q + 2 * n * n * Q, (2 + (kind[-1] == "S")) * n * part * part
-            return attention * (kind[0] == "T") + light * (kind[-1] != "T")
-
-        for ffn, kind in zip(encoder["ffn"], encoder["types"]):
-            macs += mixing(kind, E) + 2 * n * E * ffn
-        for ffn, kind, source in zip(decoder["ffn"], decoder["types"], decoder["sources"]):
-            keys = SOURCES[source] * n
-            macs += mixing(kind, D) + 2 * n * D * Q + 2 * keys * E * Q + 2 * n * keys * Q + 2 * n * D * ffn
-        return 2 * macs
-
 
 FFN = (4096, 3072, 2048, 1024)
 TOKEN_SPACES = {

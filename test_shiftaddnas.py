@@ -975,7 +975,7 @@ def test_published_translation_networks_have_their_parameters_and_flops(budget):
     arch, params, flops = TRANSLATION_NETS[budget]
     space = shiftaddnas.TOKEN_SPACES["wmt14_en_de"]
     assert space.params(arch) == params
-    assert space.flops(arch) == pytest.approx(flops, rel=1e-3)
+    assert cost_model.flops(network_layers(space, arch)) == pytest.approx(flops, rel=1e-3)
 
 
 def test_drawn_mutated_and_crossed_translation_archs_stay_inside_their_space():
@@ -1729,12 +1729,48 @@ def test_the_summary_has_mean_and_deviation_over_the_seeds(tmp_path, capsys, mon
         rows[1]["arch"] = "s" + "c" * (number // 2)  # the same arch twice is named once
         (tmp_path / str(number)).mkdir()
         content = {"seed": number, "winner": "s", "budget": {}, "table": rows, "config": {}}
+        content["scores"] = {"s": 80.12345678 + number}
         (tmp_path / str(number) / "search.json").write_text(json.dumps(content))
     folders = ",".join(str(tmp_path / str(number)) for number in range(3))
     search.main(["--summary", folders, "--out", str(tmp_path / "results")])
     assert "| winner | 82.00 ± 2.00 | 50 % ± 0 | 1.0000 | 1,000 | s sc |" in capsys.readouterr().out
     kept = json.loads((tmp_path / "results" / "search.json").read_text())
     assert [run["seed"] for run in kept["runs"]] == [0, 1, 2]
+    assert kept["runs"][1]["scores"] == {"s": 81.1235}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A copy of the committed results without their figures, in which search.py --figures works."""
+    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.png"))
+    monkeypatch.setattr(search, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def test_figures_are_drawn_from_the_committed_results(results, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    path = results / "search.json"
+    runs = json.loads(path.read_text())["runs"]
+    runs[0]["scores"] = {"cc/cc/cc": 70.0, "ss/ss/ss": 60.0}  # and the other runs have none
+    path.write_text(json.dumps({"runs": runs}))
+    search.main(["--figures"])
+    drawn = sorted(results.rglob("*.png"))
+    assert [figure.relative_to(results).as_posix() for figure in drawn] == [
+        "archs.png", "energy.png", "pareto.png", "translation/archs.png", "translation/pareto.png"]
+    assert all(1000 < figure.stat().st_size < 150_000 for figure in drawn)
+    assert "stem  [s][s] / [s][s][c] / [s][c][a]  head\n" in capsys.readouterr().out
+
+
+def test_without_matplotlib_figures_are_one_line(results, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    search.main(["--figures"])
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith("no figures: ") and not list(results.rglob("*.png"))
+
+
+def test_the_front_is_what_nothing_betters():
+    points = [(2.0, 5.0), (1.0, 4.0), (3.0, 4.5), (1.0, 3.0), (4.0, 6.0)]
+    assert search.pareto_front(points) == [(1.0, 4.0), (2.0, 5.0), (4.0, 6.0)]
 
 
 def test_resume_with_nothing_to_go_on_from_is_an_error(tmp_path, capsys):
@@ -1863,14 +1899,8 @@ def golden(text):
     for line in text.split("\n")[1:-1]:
         count, op, *sizes, groups, energy_mj, latency_ms = line.split()
         n, k, stride, h, c, e, m = map(int, sizes)
-        rows.append(
-            (
-                int(count),
-                Layer(op, n, k, stride, h, h, c, e, e, m, int(groups)),
-                float(energy_mj),
-                float(latency_ms),
-            )
-        )
+        layer = Layer(op, n, k, stride, h, h, c, e, e, m, int(groups))
+        rows.append((int(count), layer, float(energy_mj), float(latency_ms)))
     return rows
 
 
@@ -1899,10 +1929,8 @@ def test_layers_come_in_execution_order():
         + [(1, 256, 64), (3, 64, 64), (3, 64, 64), (1, 64, 256), (1, 256, 16), (1, 16, 256)]
     )
     assert [(layer.kernel, layer.in_c, layer.out_c) for layer in layers[:14]] == rows
-    assert (
-        "".join(layer.op[0] for layer in layers[39:73])
-        == "ssssscc" + "cccccc" + "cccmmc" + "aaaacc" * 2 + "ccc"
-    )
+    ops = "".join(layer.op[0] for layer in layers[39:73])
+    assert ops == "ssssscc" + "cccccc" + "cccmmc" + "aaaacc" * 2 + "ccc"
     assert [layer.op for layer in layers[-2:]] == ["linear"] * 2
 
 
@@ -1928,13 +1956,8 @@ def test_published_totals(space, arch, image, pe_limit, energy_mj, latency_ms):
 def test_published_counts_energy_split_and_macs():
     layers = network_layers(find_space("bossnet_t0"), V3)
     assert Counter(layer.op for layer in layers) == dict(conv=78, add=8, shift=5, matmul=10, linear=2)
-    split = {
-        "conv": (211.502, 2.903),
-        "add": (20.760, 0.438),
-        "shift": (6.692, 0.373),
-        "matmul": (1.452, 0.030),
-    }
-    for op, (energy_mj, giga_macs) in split.items():
+    split = [("conv", 211.502, 2.903), ("add", 20.76, 0.438), ("shift", 6.692, 0.373), ("matmul", 1.452, 0.03)]
+    for op, energy_mj, giga_macs in split:
         own = [layer for layer in layers if layer.op == op]
         assert network_cost(own, pe_limit=168).energy_mj == pytest.approx(energy_mj, abs=5.1e-4)
         assert operations(own)["macs"] / 1e9 == pytest.approx(giga_macs, abs=5.1e-4)
@@ -1999,13 +2022,7 @@ def test_uniform_add_pays_every_memory_level():
 
 @pytest.mark.parametrize(
     "op, pj_32, pj_8",
-    [
-        ("conv", 4.6, 0.23),
-        ("linear", 4.6, 0.23),
-        ("matmul", 4.6, 0.23),
-        ("shift", 1.03, 0.054),
-        ("add", 1.8, 0.06),
-    ],
+    [*((op, 4.6, 0.23) for op in ("conv", "linear", "matmul")), ("shift", 1.03, 0.054), ("add", 1.8, 0.06)],
 )
 def test_uniform_compute_counts_the_accumulation(op, pj_32, pj_8):
     assert uniform(ONE._replace(op=op)).compute_mj == pytest.approx(pj_32 * 1e-9)
@@ -2040,12 +2057,8 @@ def random_layer(rng):
     c, m = groups * rng.randint(1, 160 // groups), groups * rng.randint(1, 160 // groups)
     if op in ("linear", "matmul"):
         return Layer(op, rng.randint(1, 300), 1, 1, 1, 1, c, 1, 1, m)
-    kernel, stride, h, w = (
-        rng.choice([1, 3, 5, 7]),
-        rng.choice([1, 2]),
-        rng.randint(1, 60),
-        rng.randint(1, 60),
-    )
+    kernel, stride = rng.choice([1, 3, 5, 7]), rng.choice([1, 2])
+    h, w = rng.randint(1, 60), rng.randint(1, 60)
     return Layer(op, 1, kernel, stride, h, w, c, -(-h // stride), -(-w // stride), m, groups)
 
 
@@ -2096,17 +2109,10 @@ def brute_force(layer, pe_limit):
         for m0, m1, m2, m3 in tuples(m, 4):
             for c0, c1, c2 in tuples(c, 3):
                 for e1, e3 in tuples(e, 2):
-                    words = (
-                        n0 * c1 * c0 * ((e1 - 1) * st + r) * ((f - 1) * st + r) + n0 * m2 * m1 * m0 * e1 * f
-                    )
-                    if (
-                        m0 > 16
-                        or e1 == 1
-                        or m1 * c1 * e1 * r >= pe_limit
-                        or c0 * r >= 12
-                        or m0 * c0 * r >= 960
-                        or words >= 65536
-                    ):
+                    in_words = n0 * c1 * c0 * ((e1 - 1) * st + r) * ((f - 1) * st + r)
+                    if m0 > 16 or e1 == 1 or c0 * r >= 12 or m0 * c0 * r >= 960:
+                        continue
+                    if m1 * c1 * e1 * r >= pe_limit or in_words + n0 * m2 * m1 * m0 * e1 * f >= 65536:
                         continue
                     i, wt, o = n * h * w * c, r * r * c * m, n * e * f * m
                     noc_in = i * m3 * m2 * m1 * r * e / h
@@ -2145,37 +2151,27 @@ def test_eight_bits_double_the_memories_and_quadruple_the_array():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, settings, message",
     [
-        ({"op": "pool"}, "unknown op 'pool': allowed are conv"),
-        ({"batch": 0}, "batch is 0"),
-        ({"in_h": -3}, "in_h is -3"),
-        ({"in_c": 6.0}, "in_c is 6.0"),
-        ({"kernel": True}, "kernel is True"),
-        ({"groups": 4}, "groups 4 must divide in_c 6"),
-        ({"out_c": "8"}, "out_c is '8'"),
+        ({"op": "pool"}, {}, "unknown op 'pool': allowed are conv"),
+        ({"batch": 0}, {}, "batch is 0"),
+        ({"in_h": -3}, {}, "in_h is -3"),
+        ({"in_c": 6.0}, {}, "in_c is 6.0"),
+        ({"kernel": True}, {}, "kernel is True"),
+        ({"groups": 4}, {}, "groups 4 must divide in_c 6"),
+        ({"out_c": "8"}, {}, "out_c is '8'"),
+        ({}, {"accounting": "fair"}, "unknown accounting 'fair': allowed are official, uniform"),
+        ({}, {"bits": 16}, "bits is 16"),
+        ({}, {"bits": 32.0}, "bits is 32.0"),
+        ({}, {"pe_limit": 0}, "pe_limit is 0"),
+        ({}, {"pe_limit": 1.5}, "pe_limit is 1.5"),
     ],
 )
-def test_bad_layer_is_named(change, message):
+def test_bad_layer_or_setting_is_named(change, settings, message):
     layer = Layer("conv", 1, 3, 1, 8, 8, 6, 8, 8, 8)
     layer_cost(layer)  # a cached valid twin must not hide 6.0
     with pytest.raises(ValueError, match=message):
-        layer_cost(layer._replace(**change))
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"accounting": "fair"}, "unknown accounting 'fair': allowed are official, uniform"),
-        ({"bits": 16}, "bits is 16"),
-        ({"bits": 32.0}, "bits is 32.0"),
-        ({"pe_limit": 0}, "pe_limit is 0"),
-        ({"pe_limit": 1.5}, "pe_limit is 1.5"),
-    ],
-)
-def test_bad_setting_is_named(settings, message):
-    with pytest.raises(ValueError, match=message):
-        layer_cost(ONE, **settings)
+        layer_cost(layer._replace(**change), **settings)
 
 
 @pytest.mark.parametrize(
@@ -2260,12 +2256,8 @@ def test_layers_equal_the_built_network(name, arch, size):
 def test_operations_count_primitives():
     conv, shift, add = (Layer(op, 1, 3, 1, 4, 4, 6, 4, 4, 8, 2) for op in ("conv", "shift", "add"))
     macs = 16 * 8 * 9 * 3
-    assert operations([conv, shift, add]) == {
-        "mults": macs,
-        "shifts": macs,
-        "adds": 4 * macs,
-        "macs": 3 * macs,
-    }
+    expected = {"mults": macs, "shifts": macs, "adds": 4 * macs, "macs": 3 * macs}
+    assert operations([conv, shift, add]) == expected
 
 
 # ---- measured latency and the command line ----
@@ -2299,15 +2291,11 @@ def run(capsys, *argv):
 
 
 def test_json_of_the_published_network(capsys):
-    code, out, _ = run(
-        capsys, "--space", "bossnet_t0", "--arch", V3, "--image", "224", "--pe-limit", "168", "--json"
-    )
+    flags = f"--space bossnet_t0 --arch {V3} --image 224 --pe-limit 168 --json"
+    code, out, _ = run(capsys, *flags.split())
     result = json.loads(out)
-    assert (
-        code == 0
-        and result["energy_mj"] == pytest.approx(242.264, abs=5e-4)
-        and result["params"] == 29_908_528
-    )
+    assert code == 0 and result["energy_mj"] == pytest.approx(242.264, abs=5e-4)
+    assert result["params"] == 29_908_528
     assert result["latency_ms"] == pytest.approx(206.402, abs=5e-4) and result["layers"]["conv"] == 78
     assert (result["accounting"], result["bits"], result["pe_limit"]) == ("official", 32, 168)
     assert result["macs"] / 1e9 == pytest.approx(3.747, abs=5e-4)
@@ -2344,42 +2332,31 @@ def test_arch_from_a_json_file(capsys, tmp_path):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--arch", "cc/xx/tt"],
-        ["--arch", "nowhere.json"],
-        ["--arch", "cc/sa/tt", "--image", "0"],
-        ["--bogus"],
-        [],
-        ["--arch", "cc/sa/tt", "--image", "axb"],
-        ["--arch", "cc/sa/tt", "--bits", "16"],
-        ["--arch", "cc/sa/tt", "--acc", "x"],
-        ["--space", "nowhere", "--arch", "cc"],
-        ["--arch", "cc/sa/tt", "--pe-limit", "1"],
-        ["--arch", "cc/sa/tt", "--image", "20x30", "--measure", "x.json"],
-        ["--table", "/nowhere/energy.md"],
+        "--arch cc/xx/tt",
+        "--arch nowhere.json",
+        "--arch cc/sa/tt --image 0",
+        "--bogus",
+        "",
+        "--arch cc/sa/tt --image axb",
+        "--arch cc/sa/tt --bits 16",
+        "--arch cc/sa/tt --acc x",
+        "--space nowhere --arch cc",
+        "--arch cc/sa/tt --pe-limit 1",
+        "--arch cc/sa/tt --image 20x30 --measure x.json",
+        "--table /nowhere/energy.md",
     ],
 )
 def test_bad_command_line_is_one_sentence_and_exit_2(capsys, argv):
-    code, out, err = run(capsys, *argv)
+    code, out, err = run(capsys, *argv.split())
     assert code == 2 and not out and err.startswith("cost_model.py: ") and err.count("\n") == 1
 
 
 def test_energy_table_holds_every_published_network():
     table = cost_model.energy_table()
-    for number in (
-        "242.264",
-        "310.452",
-        "386.565",
-        "219.809",
-        "281.066",
-        "440.619",
-        "572.399",
-        "413.234",
-        "543.013",
-        "69.41455",
-        "214.33576",
-        "272.94733",
-    ):
+    vision = "242.264 310.452 386.565 219.809 281.066 440.619 572.399 413.234 543.013"
+    for number in (*vision.split(), "69.41455", "214.33576", "272.94733"):
         assert number in table
+    assert table == (ROOT / "results" / "energy.md").read_text()
     assert "What remains of the saving" in table
 
 
