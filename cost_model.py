@@ -81,7 +81,6 @@ Tiling = namedtuple("Tiling", "n0 n3 m0 m1 m2 m3 c0 c1 c2 e1 e3")
 # energy_mj is the sum of the five levels; tiling is None for a network
 LEVELS = ("compute_mj", "dram_mj", "buffer_mj", "noc_mj", "rf_mj")
 Cost = namedtuple("Cost", ("energy_mj", "latency_ms", *LEVELS, "tiling"), defaults=[None])
-LEVEL_COLOURS = dict(zip(LEVELS, ("#F0E442", "#0072B2", "#FFFFFF", "#56B4E9", "#E69F00")))  # Okabe and Ito
 
 
 # ------------------------------------------------------------------------------------------ §1 one layer
@@ -296,18 +295,18 @@ _matmul = partial(_linear, op="matmul")  # product of two activations: the rows,
 def _block(block_op, size, in_c, out_c, stride, head_dim, retraining):
     """Shortcut, 1x1, depthwise 3x3 (position encoding, stride), 3x3 or attention, 1x1, squeeze-excitation."""
     op, p, small = "conv" if block_op == "attn" else block_op, out_c // 4, _out(3, stride, size)
-    rows, end = [(1, 1, size, in_c, p), (3, stride, size, p, p, p)], []
-    if stride > 1 or in_c != out_c:  # shortcut; retraining form: average pool, then 1x1
-        pooled = (1, 1, small) if retraining else (3 if stride > 1 else 1, stride, size)
-        rows.insert(0, (*pooled, in_c, out_c))
-    rows += [(1, 1, small, p, 3 * p) if block_op == "attn" else (3, 1, small, p, p)]
+    shortcut = (1, 1, small) if retraining else (3 if stride > 1 else 1, stride, size)  # retraining: pooled
+    layers = [_conv(op, *shortcut, in_c, out_c)] if stride > 1 or in_c != out_c else []
+    layers += [_conv(op, 1, 1, size, in_c, p), _conv(op, 3, stride, size, p, p, p)]
     if block_op == "attn":
         tokens, heads = small[0] * small[1], p // head_dim
-        end = [_matmul(heads * tokens, head_dim, tokens), _matmul(heads * head_dim, tokens, tokens)]
-    end += [_conv(op, 1, 1, small, p, out_c)]
-    if retraining and block_op != "attn":
-        end += [_conv("conv", 1, 1, (1, 1), *io) for io in ((out_c, out_c // 16), (out_c // 16, out_c))]
-    return (*(_conv(op, *row) for row in rows), *end)
+        layers += [_conv(op, 1, 1, small, p, 3 * p), _matmul(heads * tokens, head_dim, tokens),
+                   _matmul(heads * head_dim, tokens, tokens), _conv(op, 1, 1, small, p, out_c)]
+    else:
+        layers += [_conv(op, 3, 1, small, p, p), _conv(op, 1, 1, small, p, out_c)]
+        squeezed = ((out_c, out_c // 16), (out_c // 16, out_c)) if retraining else ()
+        layers += [_conv("conv", 1, 1, (1, 1), *channels) for channels in squeezed]
+    return tuple(layers)
 
 
 def token_layers(arch, qkv, kernels, tokens=30):
@@ -333,8 +332,8 @@ def token_layers(arch, qkv, kernels, tokens=30):
         return layers
 
     layers, width, memory = [], arch["decoder"]["embed_dim"], arch["encoder"]["embed_dim"]
-    genes = zip(*(arch["encoder"][name] for name in ("types", "heads", "ffn")), kernels)
-    for kind, heads, ffn, taps in genes:
+    names = ("types", "heads", "ffn")
+    for kind, heads, ffn, taps in zip(*(arch["encoder"][name] for name in names), kernels):
         layers += mixing(kind, memory, heads, taps)
         layers += [_linear(tokens, memory, ffn), _linear(tokens, ffn, memory)]
     names = ("types", "self_heads", "cross_heads", "sources", "ffn")
@@ -449,8 +448,8 @@ def short(arch):
 
 
 def report(space, arch, image=None, bits=32, accounting="official", pe_limit=192):
-    """Everything the command line shows of one network, as a dict of plain values; space: its name."""
-    layers, tokens = network_layers(space, arch, image), isinstance(find_space(space), TokenSpace)
+    """Everything the command line shows of one network of a space, as a dict of plain values."""
+    layers, tokens = network_layers(space, arch, image), isinstance(space, TokenSpace)
     size = {"flops": flops(layers)} if tokens else {"image": [layers[0].in_h, layers[0].in_w]}
     settings = {"bits": bits, "accounting": accounting, "pe_limit": pe_limit}
 
@@ -459,8 +458,8 @@ def report(space, arch, image=None, bits=32, accounting="official", pe_limit=192
 
     counts = Counter(layer.op for layer in layers)
     by_op = {op: {"layers": n, **costs([x for x in layers if x.op == op])} for op, n in counts.items()}
-    return {"space": space, "arch": arch, **size, **settings, **costs(layers), "layers": dict(counts),
-            "by_op": by_op, "params": count_params(find_space(space), arch)}
+    return {"space": space.name, "arch": arch, **size, **settings, **costs(layers), "layers": dict(counts),
+            "by_op": by_op, "params": count_params(space, arch)}
 
 
 def energy_table():
@@ -475,11 +474,11 @@ def energy_table():
     for name, image, limit, digits, layers, twin in rows:
         own, other = (np.array([network_cost(part, 32, *rule)[:2] for rule in zip(ACCOUNTINGS, (limit, 168))])
                       for part in (layers, twin or layers))
-        percent = 100 - 100 * own / other
-        cells = ("".join(f" {value:.{digits}f} |" for value in costs)
-                 + ("".join(f" {value:.1f} % |" for value in saving) if twin else " | |")
-                 for costs, saving in zip(own, percent))
-        text.append(f"| {name} | {image} | {limit} |" + "".join(cells))
+        cells, percent = [name, str(image), str(limit)], 100 - 100 * own / other
+        for costs, saving in zip(own, percent):
+            cells += [f"{value:.{digits}f}" for value in costs]
+            cells += [f"{value:.1f} %" for value in saving] if twin else ["", ""]
+        text.append(f"| {' | '.join(cells)} |".replace("  ", " "))
         saved += [percent.ravel()] if twin else []
     spans = [f"{min(column):.1f} to {max(column):.1f} % of the" for column in zip(*saved)]
     return """# Energy and latency of the published networks
@@ -501,14 +500,14 @@ def figure_at(path, width, height):
 
     figure, draft = Figure((width, height), layout="constrained"), f"{path}.{os.getpid()}.tmp"
     yield figure
-    figure.savefig(draft, format=Path(path).suffix[1:] or "png", dpi=120)
+    figure.savefig(draft, format=Path(path).suffix[1:] or "png", dpi=100)
     os.replace(draft, path)
 
 
 def draw_levels(axes, bars):
-    """Stacked bars of energy by memory level, {label: {level: mJ}}; told apart by lightness and hatch too."""
-    below = np.zeros(len(bars))
-    for (level, colour), hatch in zip(LEVEL_COLOURS.items(), ("", "", "//", "", "..")):
+    """Stacked bars of energy by memory level, {label: {level: mJ}}; Okabe and Ito's colours and hatches."""
+    below, colours = np.zeros(len(bars)), ("#F0E442", "#0072B2", "#FFFFFF", "#56B4E9", "#E69F00")
+    for level, colour, hatch in zip(LEVELS, colours, ("", "", "//", "", "..")):
         heights = np.array([bar[level] for bar in bars.values()])
         axes.bar(list(bars), heights, 0.6, below, color=colour, hatch=hatch, edgecolor="k", linewidth=0.5,
                  label=level.removesuffix("_mj"))
@@ -575,7 +574,7 @@ def _run(args):
     if args.image:
         sides = tuple(int(side) if side.isdecimal() else side for side in args.image.split("x"))
         image = sides * 2 if len(sides) == 1 else sides
-    results = [report(space.name, arch, image, **settings) for arch in archs]
+    results = [report(space, arch, image, **settings) for arch in archs]
     if args.plot:
         with figure_at(args.plot, 2 + 1.5 * len(results), 4) as figure:
             axes = figure.subplots()

@@ -289,10 +289,15 @@ def print_table(rows):
 
 
 # fill, ink and hatch of a letter, fill and marker of a network (Okabe and Ito's colours)
-LOOKS = {"t": ("#000000", "w", ""), "c": ("#0072B2", "w", ""), "s": ("#56B4E9", "k", "///"),
-         "a": ("#F0E442", "k", "...")}
+LOOKS = {"t": ("#000000", "w", ""), "c": ("#0072B2", "w", ""), "s": ("#56B4E9", "k", "//"),
+         "a": ("#F0E442", "k", "..")}
 MARKS = {"winner": ("#D55E00", "*"), "random": ("w", "o"), "all-attention": ("k", "X"),
          "all-conv": ("#0072B2", "s"), "all-shift": ("#56B4E9", "D"), "all-add": ("#F0E442", "^")}
+
+
+def quality(rows):
+    """Key and title of what the rows of a table measure."""
+    return ("bleu", "BLEU") if "bleu" in rows[0] else ("test_accuracy", "test accuracy %")
 
 
 def cells(arch):
@@ -321,8 +326,8 @@ def plot_pareto(runs, path):
     """Energy against quality of the networks of one or more results: scored ones with inherited weights on
     the validation data (left out where the results lack them), and retrained ones on the test data."""
     space, rows = find_space(runs[0]["config"]["space"]), [row for run in runs for row in run["table"]]
-    measure = "bleu" if "bleu" in rows[0] else "test_accuracy"
-    title, loss = ("BLEU", "minus loss, nats a token") if measure == "bleu" else ["accuracy, %"] * 2
+    measure, title = quality(rows)
+    loss = "minus loss, nats a token" if measure == "bleu" else "accuracy %"
     scored = [(network_cost(network_layers(space, arch_of(key))).energy_mj, fitness)
               for run in runs for key, fitness in run.get("scores", {}).items()]
     panels = {"retrained, test data": ([(row["energy_mj"], row[measure]) for row in rows], title)}
@@ -330,10 +335,10 @@ def plot_pareto(runs, path):
         panels = {"scored, inherited weights, validation data": (scored, loss)} | panels
     with figure_at(path, 4.5 * len(panels), 3.8) as figure:
         every = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, (points, quality)) in zip(every, panels.items()):
+        for axes, (name, (points, label)) in zip(every, panels.items()):
             axes.step(*zip(*pareto_front(points)), where="post", color="0.4", linewidth=1, zorder=0)
             axes.scatter(*zip(*points), s=12, c="0.6")
-            axes.set(title=title, xlabel="energy, mJ, official accounting", ylabel=quality)
+            axes.set(title=name, xlabel="energy, mJ, official accounting", ylabel=label)
         for name in dict.fromkeys(row["name"] for row in rows):
             own = [(row["energy_mj"], row[measure]) for row in rows if row["name"] == name]
             fill, marker = MARKS[name]
@@ -343,31 +348,37 @@ def plot_pareto(runs, path):
 
 
 def boxes(arch):
-    """(x, width, letter) of the strip of an arch: one unit a block, halves where a layer mixes two ways."""
+    """(x, width, letter) of the strip of an arch: a cell a block, halves where a layer mixes two ways."""
     x = 0.0
     for stage in cells(arch):
         for kind in stage:
             yield from ((x + i / len(kind), 1 / len(kind), letter) for i, letter in enumerate(kind))
-            x += 1
-        x += 0.4
+            x += 1.1
+        x += 0.3
 
 
 def plot_archs(runs, path):
-    """Every retrained network as a strip, a cell a block with its letter, with its quality and energy."""
+    """Every retrained network as a strip of letters, with its quality (mean if several runs have it)."""
+    found = {}
     rows = sorted((row for run in runs for row in run["table"]), key=lambda row: [*MARKS].index(row["name"]))
-    rows = list({key_of(row["arch"]): row for row in rows}.values())
-    with figure_at(path, 8, 0.3 + 0.32 * len(rows)) as figure:
+    for row in rows:
+        found.setdefault(key_of(row["arch"]), []).append(row)
+    strips, (measure, title) = {key: list(boxes(arch_of(key))) for key in found}, quality(rows)
+    end = max(x + width for strip in strips.values() for x, width, _ in strip)
+    with figure_at(path, 2.8 + 0.55 * end, 0.5 + 0.32 * len(found)) as figure:
         axes = figure.subplots()
-        for y, row in enumerate(rows):
-            for x, width, letter in boxes(row["arch"]):
+        for y, (key, rows) in enumerate(found.items()):
+            for x, width, letter in strips[key]:
                 fill, ink, hatch = LOOKS[letter.lower()]
                 axes.barh(y, width, 0.8, x, align="center", color=fill, hatch=hatch, edgecolor="0.4")
                 axes.text(x + width / 2, y, letter, color=ink, ha="center", va="center", weight="bold",
                           bbox={"color": fill, "pad": 1.5, "linewidth": 0})
-            quality = f"{row['bleu']:.1f} BLEU" if "bleu" in row else f"{row['test_accuracy']:.1f} %"
-            axes.text(10.2, y, f"{quality}, {row['energy_mj']:.3f} mJ", va="center")
-        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-        axes.set(xlim=(-0.1, 13), ylim=(len(rows) - 0.5, -0.5), xticks=[], frame_on=False)
+            reached = sum(row[measure] for row in rows) / len(rows)
+            axes.text(end + 0.3, y, f"{reached:.1f}   {rows[0]['energy_mj']:.3f} mJ", va="center")
+        axes.set_yticks(range(len(found)), [rows[0]["name"] for rows in found.values()])
+        axes.tick_params(length=0)
+        axes.set(xlim=(-0.1, end + 3.5), ylim=(len(found) - 0.5, -0.5), xticks=[], frame_on=False)
+        axes.set_title(f"c conv, s shift, a add, t attention; {title}, energy", fontsize=10, loc="left")
 
 
 def plot_energy(space, winner, path):
@@ -383,7 +394,7 @@ def plot_energy(space, winner, path):
                 draw_levels(axes, {op: cost for op, cost in costs.items() if cost["energy_mj"]})
                 total_mj = network_cost(layers, 32, rule, limit).energy_mj
                 axes.set_title(f"{title}, {rule}: {total_mj:.3g} mJ", fontsize=10)
-        axes.legend()
+        figure.axes[0].legend(loc="upper right")
 
 
 def figures():
@@ -462,8 +473,7 @@ def summarise(folders, out):
     """Mean and standard deviation over finished searches: printed, and in out/search.{md,json}."""
     runs = [json.loads((Path(folder) / "search.json").read_text()) for folder in folders]
     first = runs[0]["table"][0]
-    measure = "bleu" if "bleu" in first else "test_accuracy"
-    title = {"bleu": "BLEU", "test_accuracy": "test accuracy %"}[measure]
+    measure, title = quality([first])
     titles = ["network", title, f"energy of {first['name']}", "latency ms", "params", "archs"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for rows in zip(*(run["table"] for run in runs)):
