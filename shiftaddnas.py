@@ -1562,7 +1562,8 @@ class Light(nn.Module):
         def adjust(taps):
             return F.dropout(self.quantiser.weight(taps), self.dropout, self.training)
 
-        return self.second(mix_tokens(op, u, w, self.causal, past, adjust), width)
+        y = mix_tokens(op, u, w, self.causal, past, adjust)
+        return self.second(y / w.shape[1] if op == "add" else y, width)
 
 
 class TokenBlock(nn.Module):

@@ -1243,10 +1243,14 @@ def test_the_translation_story_ends_in_a_table_with_bleu_and_translates(tmp_path
     assert winner["energy_mj"] <= 0.8 * full["energy_mj"] * (1 + 1e-9)
     assert [len(sample) for sample in result["translations"]] == [3, 3, 3]
     assert capsys.readouterr().out.count("\nreference ") == 3
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a i cat\n\n"))
+    given = io.TextIOWrapper(io.BytesIO(b"a i cat\n\n" + b"a i " * 200 + b"\ncat\xff\n"))
+    monkeypatch.setattr(sys, "stdin", given)
     capsys.readouterr()
-    train.main(["--translate", str(tmp_path / "o" / f"retrain-{train.file_name(winner['arch'])}.pt")])
-    assert len(capsys.readouterr().out.split("\n")) == 3
+    with pytest.raises(ValueError, match="standard input, line 4 is not UTF-8"):
+        train.main(["--translate", str(tmp_path / "o" / f"retrain-{train.file_name(winner['arch'])}.pt")])
+    output, errors = capsys.readouterr()
+    assert len(output.split("\n")) == 4
+    assert "line 3 has" in errors and "cut to --max-length 200" in errors and "line 2" not in errors
 
 
 # ------------------------------------------------------------------------------------------------ train.py
@@ -1747,6 +1751,49 @@ def test_an_output_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     run = command("search", "--out", tmp_path / "file" / "o")
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "file" in run.stderr
+
+
+def test_a_folder_serves_one_run_at_a_time(tiny_data, tmp_path):
+    with train.output_folder(tmp_path / "o"):
+        run = command("train", "--data", tiny_data, "--epochs", 1, "--out", tmp_path / "o")
+        assert run.returncode == 2 and run.stderr.count("\n") == 1 and "in use by another run" in run.stderr
+    assert command("train", "--data", tiny_data, "--epochs", 1, "--out", tmp_path / "o").returncode == 0
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed\nat 3")])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(error, tmp_path, monkeypatch):
+    train.save({"step": 1}, tmp_path / "x.pt")
+
+    def fail(state, path):
+        Path(path).write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="cannot write .*x.pt: (No space left on device|write failed)$"):
+        train.save({"step": 2}, tmp_path / "x.pt")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
+    assert torch.load(tmp_path / "x.pt") == {"step": 1}
+
+
+def test_a_reader_that_closes_the_pipe_ends_the_program_without_a_word():
+    code = "import train, sys; train.run_command(lambda: [print('x' * 9999) for _ in range(999)])"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    run.stdout.read(10)
+    run.stdout.close()
+    assert run.wait() == 1 and run.stderr.read() == ""
+
+
+def test_names_beyond_ascii_and_with_spaces_are_names(tiny_data, tmp_path):
+    folder = tmp_path / "дом ñ"
+    tiny_data.rename(folder)
+    arch = tmp_path / "ärch.json"
+    arch.write_text('{"arch": "sa/ca/ct", "comment": "é"}', encoding="utf-8")
+    out = tmp_path / "out é"
+    run = command("train", "--data", folder, "--arch", arch, "--epochs", 1, "--out", out)
+    assert run.returncode == 0, run.stderr
+    assert (out / "sa-ca-ct.pt").exists()
 
 
 # ------------------------------------------------------------------------------------------ cost_model.py
