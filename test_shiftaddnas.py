@@ -900,6 +900,26 @@ def test_mixing_token_by_token_equals_mixing_the_sentence(op):
     torch.testing.assert_close(torch.cat(found, 1), shiftaddnas.mix_tokens(op, u, w, True))
 
 
+@pytest.mark.parametrize("letter", "CAS")
+def test_a_light_operator_equals_loops_over_tokens_and_takes_means(letter):
+    light = shiftaddnas.Light(letter, 6, 2, 3, False, shiftaddnas.SHARING["none"], 0.0).double().eval()
+    g = torch.Generator().manual_seed(0)
+    x, keep = torch.randn(2, 5, 6, generator=g).double(), torch.ones(2, 5, 1).double()
+    keep[1, 3:] = 0
+    u = x @ light.first.weight.w.T + light.first.bias
+    if letter == "S":
+        w = light.shift.weight.w
+        u = u @ (w.sign() * 2 ** w.abs().log2().round().clamp(-15, 0)).T + light.shift.bias
+    u, taps = u * keep, light.taps.w.softmax(1)
+    y = torch.zeros_like(u)
+    for t, c, j in itertools.product(range(5), range(6), range(3)):
+        value = u[:, t + j - 1, c] if 0 <= t + j - 1 < 5 else torch.zeros(2).double()
+        tap = taps[c // 3, j]
+        y[:, t, c] += value * tap if letter == "C" else -(value - tap).abs() / 3
+    expected = y @ light.second.weight.w.T + light.second.bias
+    torch.testing.assert_close(light(x, letter, keep), expected)
+
+
 def test_the_published_translation_spaces_have_their_exact_sizes():
     def published(widths, encoder, decoder):
         return widths**2 * encoder**6 * sum(decoder**depth for depth in range(1, 7))
