@@ -270,6 +270,8 @@ def load_kernels(build):
     """The library of one build, compiled on first use and kept in $XDG_CACHE_HOME/shiftaddnas (or ~/.cache)
     under the hash of source, command and CPU. RuntimeError says why it cannot be had."""
     source = Path(__file__).with_name("kernels.cu")
+    if not source.exists():
+        raise RuntimeError(f"{source.name} is not beside {Path(__file__).name}")
     command = compiler_command(build)
     key = hashlib.sha256("\0".join([source.read_text(), *command, cpu_model()]).encode()).hexdigest()[:16]
     name = f"{build}-{key}.so"

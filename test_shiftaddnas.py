@@ -502,6 +502,27 @@ def test_nothing_is_compiled_or_loaded_at_import(tmp_path):
     assert start(tmp_path, "import shiftaddnas").communicate() == ("", "") and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "banner, use, expected",
+    [
+        ("§2 operators", "power_of_two(torch.tensor([0.3, -0.7])).tolist()", "[0.25, -0.5]"),
+        ("§2 integer arithmetic", "add_conv2d(torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)).item()", "-18.0"),
+        ("§4 blocks", "SharedWeight((8, 9), ['conv', 'add'], SHARING['heterogeneous']).weight_for('add').shape",
+         "torch.Size([8, 9])"),
+        ("§7 operators on tokens", "Supernet(SPACES['fashion'])(torch.zeros(2, 1, 28, 28), 'cc/sa/tt').shape",
+         "torch.Size([2, 10])"),
+    ],
+)
+def test_the_file_down_to_any_banner_stands_alone(banner, use, expected, tmp_path):
+    source = (ROOT / "shiftaddnas.py").read_text(encoding="utf-8")
+    above = source[: source.index(f"- {banner}\n")].rsplit("\n", 1)[0]
+    (tmp_path / "layers.py").write_text(above, encoding="utf-8")
+    code = f"import torch; from layers import *; print({use})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True)
+    assert run.stdout == expected + "\n", run.stderr
+    assert run.stderr.count("\n") == ("add_conv2d" in use or "Supernet" in use)
+
+
 def test_a_path_that_cannot_be_had_is_an_error_that_says_why(monkeypatch):
     x, w = torch.ones(1, 2, 3, 3), torch.zeros(4, 2, 3, 3)
     monkeypatch.setenv("SHIFTADDNAS_KERNELS", "fast")
