@@ -36,7 +36,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -49,7 +48,7 @@ import numpy as np
 import torch
 
 from shiftaddnas import OPS, SOURCES, TokenSpace, build, cpu_model, find_space, kernel_build
-from train import read_arch, write_text
+from train import read_arch, replace_file, write_text
 
 # pJ an operation, by bits (45 nm: ShiftAddNet Table 1; official get_unit_energy)
 COMPUTE_PJ = {32: {"mult": 3.7, "add": 0.9, "shift": 0.13}, 8: {"mult": 0.2, "add": 0.03, "shift": 0.024}}
@@ -498,10 +497,9 @@ def figure_at(path, width, height):
     """A matplotlib Figure, sizes in inches, that is written to `path` in the end; ImportError without it."""
     from matplotlib.figure import Figure
 
-    figure, draft = Figure((width, height), layout="constrained"), f"{path}.{os.getpid()}.tmp"
-    yield figure
-    figure.savefig(draft, format=Path(path).suffix[1:] or "png", dpi=100)
-    os.replace(draft, path)
+    yield (figure := Figure((width, height), layout="constrained"))
+    kind = Path(path).suffix[1:] or "png"
+    replace_file(path, lambda draft: figure.savefig(draft, format=kind, dpi=100))
 
 
 def draw_levels(axes, bars):

@@ -34,10 +34,9 @@ import torch.distributed as dist
 from cost_model import ACCOUNTINGS, PRIMITIVES, PUBLISHED, all_of, count_params, draw_levels, figure_at
 from cost_model import measured_latency_ms, measured_table, network_cost, network_layers, operations, short
 from shiftaddnas import LAPLACE_SCALE, SPACES, TYPES, Sharing, SharedWeight, Supernet
-from shiftaddnas import TOKEN_SPACES, TokenSpace
-from shiftaddnas import build, find_space, power_of_two
+from shiftaddnas import TokenSpace, build, find_space, power_of_two
 from train import Config, Sentences, accuracy, check_device, file_name, flag, load, load_data, load_supernet
-from train import join_processes, make_model, parse, processes, rank, recalibrate, run_command, tested
+from train import join_processes, make_model, output_folder, parse, processes, rank, recalibrate, run_command, tested
 from train import token_loss, train, translate, write_text
 
 TRIES = 200  # draws for one child before the search says that the budget leaves nothing new
@@ -242,10 +241,12 @@ def fitness(config, data, network, arch=None):
 
 
 def choose(config, space, data, scores, count):
-    """(arch, fitness, fitness retrained) of the `count` fittest archs, the best retrained one first."""
-    fittest = sorted(scores, key=lambda key: (-scores[key], key))[:count]
-    found = []
-    for key in fittest:
+    """(arch, fitness, fitness retrained) of the `count` fittest archs, the best retrained one first. In
+    translation they differ in their types: inherited weights hardly tell sizes apart."""
+    fittest, found = {}, []
+    for key in sorted(scores, key=lambda key: (-scores[key], key)):
+        fittest.setdefault(short(arch_of(key)), key)
+    for key in list(fittest.values())[:count]:
         reached = fitness(config, data, retrain(config, space, data, arch_of(key)))
         found.append((arch_of(key), scores[key], reached))
         print(f"finalist {short(arch_of(key))}: fitness {scores[key]:.2f}, retrained {reached:.2f}")
@@ -665,23 +666,12 @@ def plot_weights(space, checkpoint, path):
     os.replace(temporary, path)
 
 
-def main(argv=None):
-    """The command line of search.py: supernet, search, retraining, table."""
-    config = parse(SearchConfig, __doc__, argv, hidden=("arch", "init", "translate"))
-    if config.figures:
-        return figures()
-    if config.summary:
-        return summarise(config.summary.split(","), config.out)
-    if config.study and config.space in TOKEN_SPACES:
-        raise ValueError("--study sharing is for spaces of images")
-    if config.study:
-        return study(config)
-    if config.resume and not os.path.exists(os.path.join(config.out, "supernet.pt")):
-        raise ValueError(f"--resume: {config.out} holds no interrupted run")
-    config.resume = True
-    space = find_space(config.space)
+def check(config, space):
+    """ValueError if the flags ask for what cannot be: by processes, by measured latency, or inside no budget."""
     check_device(config.device)
     join_processes(config)
+    if config.resume and not os.path.exists(os.path.join(config.out, "supernet.pt")):
+        raise ValueError(f"--resume: {config.out} holds no interrupted run")
     if processes() > config.first:
         raise ValueError(f"{processes()} processes are more than the {config.first} archs of --first")
     if processes() > 1 and config.max_measured_ms:
@@ -690,8 +680,11 @@ def main(argv=None):
         raise ValueError("--max-measured-ms is for images; give --max-latency-ms, the simulated one")
     if not any(fits(config, space, arch) for arch in candidates(space)):
         raise ValueError(nothing_fits(config, space))
-    data = load(config, space)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
+
+
+def tell(config, space, data):
+    """The whole story: supernet, search, finalists, rivals, table. What an interrupted run had is reused."""
+    config.resume = True
     training = training_config(config)
     seconds, started = {}, time.monotonic()
 
@@ -721,6 +714,24 @@ def main(argv=None):
     images = len(data.test.index)
     error = 100 * (rows[-1]["test_accuracy"] / 100 * (1 - rows[-1]["test_accuracy"] / 100) / images) ** 0.5
     print(f"seconds: {phases} | {images} test images, one seed: standard error {error:.1f} points")
+
+
+def main(argv=None):
+    """The command line of search.py."""
+    config = parse(SearchConfig, __doc__, argv, hidden=("arch", "init", "translate"))
+    if config.figures:
+        return figures()
+    if config.summary:
+        return summarise(config.summary.split(","), config.out)
+    space = find_space(config.space)
+    if config.study and isinstance(space, TokenSpace):
+        raise ValueError("--study sharing is for spaces of images")
+    if config.study:
+        return study(config)
+    check(config, space)
+    data = load(config, space)
+    with output_folder(config.out):
+        tell(config, space, data)
 
 
 if __name__ == "__main__":

@@ -502,6 +502,27 @@ def test_nothing_is_compiled_or_loaded_at_import(tmp_path):
     assert start(tmp_path, "import shiftaddnas").communicate() == ("", "") and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "banner, use, expected",
+    [
+        ("§2 operators", "power_of_two(torch.tensor([0.3, -0.7])).tolist()", "[0.25, -0.5]"),
+        ("§2 integer arithmetic", "add_conv2d(torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)).item()", "-18.0"),
+        ("§4 blocks", "SharedWeight((8, 9), ['conv', 'add'], SHARING['heterogeneous']).weight_for('add').shape",
+         "torch.Size([8, 9])"),
+        ("§7 operators on tokens", "Supernet(SPACES['fashion'])(torch.zeros(2, 1, 28, 28), 'cc/sa/tt').shape",
+         "torch.Size([2, 10])"),
+    ],
+)
+def test_the_file_down_to_any_banner_stands_alone(banner, use, expected, tmp_path):
+    source = (ROOT / "shiftaddnas.py").read_text(encoding="utf-8")
+    above = source[: source.index(f"- {banner}\n")].rsplit("\n", 1)[0]
+    (tmp_path / "layers.py").write_text(above, encoding="utf-8")
+    code = f"import torch; from layers import *; print({use})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True)
+    assert run.stdout == expected + "\n", run.stderr
+    assert run.stderr.count("\n") == ("add_conv2d" in use or "Supernet" in use)
+
+
 def test_a_path_that_cannot_be_had_is_an_error_that_says_why(monkeypatch):
     x, w = torch.ones(1, 2, 3, 3), torch.zeros(4, 2, 3, 3)
     monkeypatch.setenv("SHIFTADDNAS_KERNELS", "fast")
@@ -900,6 +921,26 @@ def test_mixing_token_by_token_equals_mixing_the_sentence(op):
     torch.testing.assert_close(torch.cat(found, 1), shiftaddnas.mix_tokens(op, u, w, True))
 
 
+@pytest.mark.parametrize("letter", "CAS")
+def test_a_light_operator_equals_loops_over_tokens_and_takes_means(letter):
+    light = shiftaddnas.Light(letter, 6, 2, 3, False, shiftaddnas.SHARING["none"], 0.0).double().eval()
+    g = torch.Generator().manual_seed(0)
+    x, keep = torch.randn(2, 5, 6, generator=g).double(), torch.ones(2, 5, 1).double()
+    keep[1, 3:] = 0
+    u = x @ light.first.weight.w.T + light.first.bias
+    if letter == "S":
+        w = light.shift.weight.w
+        u = u @ (w.sign() * 2 ** w.abs().log2().round().clamp(-15, 0)).T + light.shift.bias
+    u, taps = u * keep, light.taps.w.softmax(1)
+    y = torch.zeros_like(u)
+    for t, c, j in itertools.product(range(5), range(6), range(3)):
+        value = u[:, t + j - 1, c] if 0 <= t + j - 1 < 5 else torch.zeros(2).double()
+        tap = taps[c // 3, j]
+        y[:, t, c] += value * tap if letter == "C" else -(value - tap).abs() / 3
+    expected = y @ light.second.weight.w.T + light.second.bias
+    torch.testing.assert_close(light(x, letter, keep), expected)
+
+
 def test_the_published_translation_spaces_have_their_exact_sizes():
     def published(widths, encoder, decoder):
         return widths**2 * encoder**6 * sum(decoder**depth for depth in range(1, 7))
@@ -1243,10 +1284,14 @@ def test_the_translation_story_ends_in_a_table_with_bleu_and_translates(tmp_path
     assert winner["energy_mj"] <= 0.8 * full["energy_mj"] * (1 + 1e-9)
     assert [len(sample) for sample in result["translations"]] == [3, 3, 3]
     assert capsys.readouterr().out.count("\nreference ") == 3
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a i cat\n\n"))
+    given = io.TextIOWrapper(io.BytesIO(b"a i cat\n\n" + b"a i " * 200 + b"\ncat\xff\n"))
+    monkeypatch.setattr(sys, "stdin", given)
     capsys.readouterr()
-    train.main(["--translate", str(tmp_path / "o" / f"retrain-{train.file_name(winner['arch'])}.pt")])
-    assert len(capsys.readouterr().out.split("\n")) == 3
+    with pytest.raises(ValueError, match="standard input, line 4 is not UTF-8"):
+        train.main(["--translate", str(tmp_path / "o" / f"retrain-{train.file_name(winner['arch'])}.pt")])
+    output, errors = capsys.readouterr()
+    assert len(output.split("\n")) == 4
+    assert "line 3 has" in errors and "cut to --max-length 200" in errors and "line 2" not in errors
 
 
 # ------------------------------------------------------------------------------------------------ train.py
@@ -1783,6 +1828,49 @@ def test_an_output_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     run = command("search", "--out", tmp_path / "file" / "o")
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "file" in run.stderr
+
+
+def test_a_folder_serves_one_run_at_a_time(tiny_data, tmp_path):
+    with train.output_folder(tmp_path / "o"):
+        run = command("train", "--data", tiny_data, "--epochs", 1, "--out", tmp_path / "o")
+        assert run.returncode == 2 and run.stderr.count("\n") == 1 and "in use by another run" in run.stderr
+    assert command("train", "--data", tiny_data, "--epochs", 1, "--out", tmp_path / "o").returncode == 0
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed\nat 3")])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(error, tmp_path, monkeypatch):
+    train.save({"step": 1}, tmp_path / "x.pt")
+
+    def fail(state, path):
+        Path(path).write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="cannot write .*x.pt: (No space left on device|write failed)$"):
+        train.save({"step": 2}, tmp_path / "x.pt")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
+    assert torch.load(tmp_path / "x.pt") == {"step": 1}
+
+
+def test_a_reader_that_closes_the_pipe_ends_the_program_without_a_word():
+    code = "import train, sys; train.run_command(lambda: [print('x' * 9999) for _ in range(999)])"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    run.stdout.read(10)
+    run.stdout.close()
+    assert run.wait() == 1 and run.stderr.read() == ""
+
+
+def test_names_beyond_ascii_and_with_spaces_are_names(tiny_data, tmp_path):
+    folder = tmp_path / "дом ñ"
+    tiny_data.rename(folder)
+    arch = tmp_path / "ärch.json"
+    arch.write_text('{"arch": "sa/ca/ct", "comment": "é"}', encoding="utf-8")
+    out = tmp_path / "out é"
+    run = command("train", "--data", folder, "--arch", arch, "--epochs", 1, "--out", out)
+    assert run.returncode == 0, run.stderr
+    assert (out / "sa-ca-ct.pt").exists()
 
 
 # ------------------------------------------------------------------------------------------ cost_model.py

@@ -19,6 +19,7 @@ an interruption: the losses are those of an uninterrupted run. Every run logs to
 """
 
 import argparse
+import fcntl
 import gzip
 import hashlib
 import json
@@ -185,9 +186,14 @@ def join_processes(config):
 
 
 def run_command(main):
-    """Calls main(); expected errors become one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Calls main(); expected errors become one line on stderr and exit code 2, Ctrl-C exit code 130. A reader
+    that closes the pipe (head) ends the program without a word."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -209,7 +215,8 @@ def read_arch(space, text):
     the arch itself -> validated arch."""
     if text.endswith(".json") or text.lstrip().startswith("{"):
         try:
-            content = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+            given = text.lstrip().startswith("{")
+            content = json.loads(text if given else Path(text).read_text(encoding="utf-8"))
             text = content if "encoder" in content else content["arch"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f'{text} is not JSON with a key "arch"') from None
@@ -578,13 +585,16 @@ def read_lines(path):
     """Lines of a UTF-8 text file, gzipped or not; ValueError with the number of a line that is not."""
     raw = Path(path).read_bytes()
     lines = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).split(b"\n")
-    texts = []
-    for number, line in enumerate(lines[:-1] if lines[-1] == b"" else lines, 1):
-        try:
-            texts.append(line.decode("utf-8").strip("\r"))
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}, line {number} is not UTF-8") from None
-    return texts
+    lines = lines[:-1] if lines[-1] == b"" else lines
+    return [decode_line(line, path, number).strip("\r") for number, line in enumerate(lines, 1)]
+
+
+def decode_line(line, where, number):
+    """Bytes -> text; ValueError with the number of a line that is not UTF-8."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}, line {number} is not UTF-8") from None
 
 
 def read_tsv(path):
@@ -621,18 +631,40 @@ def save(state, path):
     the first writes."""
     if rank():
         return
-    temporary = f"{path}.{os.getpid()}.tmp"
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    replace_file(path, lambda temporary: torch.save(state, temporary))
 
 
 def write_text(text, path):
     """The same for text."""
-    if rank():
-        return
+    if not rank():
+        replace_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def replace_file(path, write):
+    """write(temporary name), then rename. OSError that names the file, and no temporary file left behind, if
+    it cannot be written (torch reports a full disk as a RuntimeError)."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    Path(temporary).write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        Path(temporary).unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"cannot write {path}: {reason}") from None
+
+
+@contextmanager
+def output_folder(path):
+    """Makes the folder and keeps it to this run (of several processes, the first one's) until the end; the
+    system frees it if the run is killed. ValueError if another run has it."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    with open(os.path.join(path, ".lock"), "w") as file:
+        try:
+            if not rank():
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {path} is in use by another run; give another folder") from None
+        yield
 
 
 def load_checkpoint(path, **expected):
@@ -1021,7 +1053,8 @@ def tested(config, data, network):
 
 
 def translate_stdin(config):
-    """Writes the translation of each line of standard input, in batches of what is there."""
+    """Writes the translation of each line of standard input as soon as it is read. A line over --max-length
+    is cut, which a line on stderr says. ValueError with the number of a line that is not UTF-8."""
     state = load_checkpoint(config.translate)
     space = find_space(state["space"])
     if not isinstance(space, TokenSpace) or not state["arch"]:
@@ -1031,8 +1064,12 @@ def translate_stdin(config):
     model = make_model(trained, space, Sentences(vocabulary, [], [], []), state["arch"])
     model.load_state_dict(state["model"])
     model.to(config.device)
-    for line in sys.stdin:
-        print(*translate(model, vocabulary, [line.strip()], config), flush=True)
+    for number, raw in enumerate(sys.stdin.buffer, 1):
+        line = decode_line(raw, "standard input", number).strip()
+        if (pieces := len(vocabulary.encode(line))) > config.max_length:
+            cut = f"line {number} has {pieces} pieces, cut to --max-length {config.max_length}"
+            print(cut, file=sys.stderr)
+        print(*translate(model, vocabulary, [line], config), flush=True)
 
 
 def main(argv=None):
@@ -1047,8 +1084,6 @@ def main(argv=None):
     if config.init and not arch:
         raise ValueError("--init needs --arch: it starts one network from a supernet's weights")
     data = load(config, space)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    path = os.path.join(config.out, (file_name(arch) or "supernet") + ".pt")
     if config.init:
         model = load_supernet(config.init, space).extract(arch)
     else:
@@ -1058,7 +1093,9 @@ def main(argv=None):
         f"{sum(p.numel() for p in model.parameters()):,} parameters | "
         f"{data.size()} training examples | {config.device}, {torch.get_num_threads()} threads"
     )
-    model = train(config, space, data, model, arch, path)
+    with output_folder(config.out):
+        path = os.path.join(config.out, (file_name(arch) or "supernet") + ".pt")
+        model = train(config, space, data, model, arch, path)
     reached = tested(config, data, model) if arch else {}
     print("".join(f"{name} {value:.2f} | " for name, value in reached.items()) + f"saved {path}")
 
