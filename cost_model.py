@@ -48,7 +48,7 @@ import numpy as np
 import torch
 
 from shiftaddnas import OPS, SOURCES, TokenSpace, build, cpu_model, find_space, kernel_build
-from train import read_arch, replace_file, write_text
+from train import rank, read_arch, replace_file, write_text
 
 # pJ an operation, by bits (45 nm: ShiftAddNet Table 1; official get_unit_energy)
 COMPUTE_PJ = {32: {"mult": 3.7, "add": 0.9, "shift": 0.13}, 8: {"mult": 0.2, "add": 0.03, "shift": 0.024}}
@@ -499,7 +499,8 @@ def figure_at(path, width, height):
 
     yield (figure := Figure((width, height), layout="constrained"))
     kind = Path(path).suffix[1:] or "png"
-    replace_file(path, lambda draft: figure.savefig(draft, format=kind, dpi=100))
+    if not rank():  # one process writes
+        replace_file(path, lambda draft: figure.savefig(draft, format=kind, dpi=100))
 
 
 def draw_levels(axes, bars):
