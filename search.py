@@ -36,8 +36,8 @@ from cost_model import measured_latency_ms, measured_table, network_cost, networ
 from shiftaddnas import LAPLACE_SCALE, SPACES, TYPES, Sharing, SharedWeight, Supernet
 from shiftaddnas import TokenSpace, build, find_space, power_of_two
 from train import Config, Sentences, accuracy, check_device, file_name, flag, load, load_data, load_supernet
-from train import join_processes, make_model, output_folder, parse, processes, rank, recalibrate, run_command, tested
-from train import token_loss, train, translate, write_text
+from train import join_processes, make_model, output_folder, parse, processes, rank, recalibrate
+from train import run_command, tested, token_loss, train, translate, write_text
 
 TRIES = 200  # draws for one child before the search says that the budget leaves nothing new
 
@@ -667,7 +667,7 @@ def plot_weights(space, checkpoint, path):
 
 
 def check(config, space):
-    """ValueError if the flags ask for what cannot be: by processes, by measured latency, or inside no budget."""
+    """ValueError if the flags ask for what cannot be: by processes, measured latency or the budget."""
     check_device(config.device)
     join_processes(config)
     if config.resume and not os.path.exists(os.path.join(config.out, "supernet.pt")):

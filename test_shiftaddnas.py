@@ -506,10 +506,12 @@ def test_nothing_is_compiled_or_loaded_at_import(tmp_path):
     "banner, use, expected",
     [
         ("§2 operators", "power_of_two(torch.tensor([0.3, -0.7])).tolist()", "[0.25, -0.5]"),
-        ("§2 integer arithmetic", "add_conv2d(torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)).item()", "-18.0"),
-        ("§4 blocks", "SharedWeight((8, 9), ['conv', 'add'], SHARING['heterogeneous']).weight_for('add').shape",
+        ("§2 integer arithmetic", "add_conv2d(torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)).item()",
+         "-18.0"),
+        ("§4 blocks", "SharedWeight((8, 9), ['add', 'conv'], SHARING['naive']).weight_for('add').shape",
          "torch.Size([8, 9])"),
-        ("§7 operators on tokens", "Supernet(SPACES['fashion'])(torch.zeros(2, 1, 28, 28), 'cc/sa/tt').shape",
+        ("§7 operators on tokens",
+         "Supernet(SPACES['fashion'])(torch.zeros(2, 1, 28, 28), 'cc/sa/tt').shape",
          "torch.Size([2, 10])"),
     ],
 )
@@ -1837,7 +1839,9 @@ def test_a_folder_serves_one_run_at_a_time(tiny_data, tmp_path):
     assert command("train", "--data", tiny_data, "--epochs", 1, "--out", tmp_path / "o").returncode == 0
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed\nat 3")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("write failed\nat 3")]
+)
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(error, tmp_path, monkeypatch):
     train.save({"step": 1}, tmp_path / "x.pt")
 
