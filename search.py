@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 from cost_model import ACCOUNTINGS, PRIMITIVES, PUBLISHED, all_of, count_params, draw_levels, figure_at
 from cost_model import measured_latency_ms, measured_table, network_cost, network_layers, operations, short
-from shiftaddnas import LAPLACE_SCALE, SPACES, TYPES, Sharing, SharedWeight, Supernet
+from shiftaddnas import SPACES, TYPES, Sharing, SharedWeight, Supernet
 from shiftaddnas import TokenSpace, build, find_space, power_of_two
 from train import Config, Sentences, accuracy, check_device, file_name, flag, load, load_data, load_supernet
 from train import join_processes, make_model, output_folder, parse, processes, rank, recalibrate
@@ -636,29 +636,34 @@ def write_study(space, archs, known):
 
 @torch.no_grad()
 def plot_weights(space, checkpoint, path):
-    """Histograms of one shared weight as conv, shift and add read it, with the target densities."""
+    """Histograms of the largest shared weight as each op reads it, with target and fitted densities."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"no {path.name}: matplotlib is not installed")
         return
     supernet = load_supernet(checkpoint, space)
-    shared = [module for module in supernet.modules() if isinstance(module, SharedWeight) and module.slope]
+    shared = [module for module in supernet.modules() if isinstance(module, SharedWeight) and module.transformed]
     weight = max(shared, key=lambda module: module.w.numel())
-    a = torch.linspace(-6 * weight.std, 6 * weight.std, 400)
-    normal = torch.exp(-0.5 * (a / weight.std) ** 2) / (weight.std * math.sqrt(2 * math.pi))
-    b = torch.linspace(-3, 3, 400)
-    laplace = torch.exp(-b.abs() / LAPLACE_SCALE) / (2 * LAPLACE_SCALE)
+    w, added, grid = weight.w, weight.weight_for("add"), torch.linspace(-5, 5, 400) * weight.std
+
+    def normal(std):
+        return torch.exp(-0.5 * (grid / std) ** 2) / (std * math.sqrt(2 * math.pi))
+
+    def laplace(b):
+        return torch.exp(-grid.abs() / b) / (2 * b)
+
     panels = {
-        "conv: w": (weight.w, a, normal),
-        "shift: power of two of w": (power_of_two(weight.w), a, None),
-        "add: T(w)": (weight.weight_for("add"), b, laplace),
+        "conv: w": (w, normal(weight.std), normal(w.std())),
+        "shift: power of two of w": (power_of_two(w), None, None),
+        "add: T(w)": (added, laplace(weight.b), laplace(added.abs().mean())),
     }
     figure = Figure((9, 2.6), layout="constrained")
-    for axes, (title, (values, grid, density)) in zip(figure.subplots(1, 3), panels.items()):
-        axes.hist(values.flatten().numpy(), bins=80, density=True, color="0.7")
-        if density is not None:
-            axes.plot(grid, density, "k--", label="target density")
+    for axes, (title, (values, target, fitted)) in zip(figure.subplots(1, 3), panels.items()):
+        axes.hist(values.clamp(*grid[[0, -1]]).flatten().numpy(), bins=100, density=True, color="0.75")
+        if target is not None:
+            axes.plot(grid, target, "k--", label="target density")
+            axes.plot(grid, fitted, color="0.3", label="fitted density")
             axes.legend(fontsize=7)
         axes.set_title(title, fontsize=9)
     temporary = f"{path}.tmp.png"

@@ -604,17 +604,25 @@ class Sharing:
     transformed: str = "a"  # those that read T(w) instead of w
     shift_form: str = "Q"  # of an unshared shift: Q rounds a latent weight, PS owns exponent and sign
     bins: int = 100  # slopes of T
+    learned: bool = False  # the slopes are parameters, as published
+    gain: float = 0.5**0.5  # b / std: scale of the Laplacian over that of the Gaussian; equal variances
+    eta: float = 0.0  # add layers normalise the gradient of T(w) to this (HybridConv2d); 0: not
     official: bool = False  # the defects that D3 and D5 mend, for comparison (see SharedWeight)
 
 
 SHARING = {
     "none": Sharing(shared="", transformed=""),
     "naive": Sharing(transformed=""),
-    "official": Sharing(transformed="sa", official=True),
+    "official": Sharing(transformed="sa", learned=True, eta=0.2, official=True),
     "heterogeneous": Sharing(),
 }
-OFFICIAL_ETA = 0.2
-LAPLACE_SCALE = 0.5  # b of the add weights' target density exp(-|a| / b) / (2 b)
+REACH = 5.0  # the bins of T cut -REACH std .. REACH std
+
+
+def laplace_slopes(bins, gain):
+    """T(w) / w at the centre of each bin, for the T of SharedWeight; a function of w / std alone."""
+    z = (REACH * ((2 * torch.arange(bins) + 1) / bins - 1)).abs().clamp_min(1e-3)
+    return -gain * (math.log(2) + torch.special.log_ndtr(-z)) / z
 
 
 class SharedWeight(nn.Module):
@@ -622,91 +630,104 @@ class SharedWeight(nn.Module):
 
         conv   w                                     target density N(0, std^2), std = sqrt(2 / fan_in)
         shift  sign(w) 2^round(log2|w|)              rounded inside shift_conv2d, gradient straight through
-        add    T(w) = slope[bin(w)] * w              target density Laplace(0, b)
+        add    T(w) = slope[bin(w / std)] * w        target density Laplace(0, b), b = gain * std
 
-    T is piecewise linear: the range of w is cut in `bins` equal parts (the last one closed, so that the
-    largest weight keeps its slope), each with a learnable slope. The slopes start from the map that sends the
-    Gaussian to the Laplacian, quantile to quantile, F_Laplace^-1(Phi(w / std)), divided by w at the middle of
-    each bin: T begins monotone and T(w) begins Laplacian. Gradients reach w and the slopes; the bin edges
-    carry none. Source: abstract; official hytra_ops_ws_dist.py (deviations D3, D4, D5).
+    T sends the Gaussian to the Laplacian, quantile to quantile: T(w) = F_Laplace^-1(Phi(w / std)), that is
+    -sign(w) b (log 2 + log Phi(-|w| / std)). It is read from a table: T(w) / w at the centres of `bins` equal
+    bins of -REACH std .. REACH std, the outer ones open. T is monotone, T(w) Laplacian if w is Gaussian, and
+    with gain = sqrt(1/2) of the variance of w, so that adds and convolutions pass gradients of one size to
+    w. Gradient: slope * gradient of T(w); bins carry none. A KL is the same before and after an invertible
+    map, so one term, KL(w || N(0, std^2)), holds both densities. sharing.learned: the slopes are parameters,
+    and T(w) has a term of its own. Source: abstract; official hytra_ops_ws_dist.py (deviations D3, D4, D5).
 
     sharing.official has the official form instead: w and the slopes start as N(0, 1), shift reads a T of its
-    own, the largest weight falls out of the half-open last bin and becomes 0, and add layers normalise their
-    weight gradient (HybridConv2d, eta = OFFICIAL_ETA).
+    own, and the bins cut the range of w, whose largest element falls out of the half-open last one and
+    becomes 0.
     """
 
     def __init__(self, shape, readers, sharing=SHARING["none"], std=None):
         super().__init__()
         self.readers, self.std = readers, std or math.sqrt(2 / math.prod(shape[1:]))
         self.pair = readers == ["shift"] and sharing.shift_form == "PS"
-        self.official = sharing.official
+        self.official, self.learned, self.eta = sharing.official, sharing.learned, sharing.eta
+        self.b = sharing.gain * self.std
         if self.pair:
             self.w = nn.Parameter(torch.stack([torch.rand(shape) * -14, torch.rand(shape) * 2 - 1]))
         else:
             std = 1.0 if not std and readers == ["add"] or self.official else self.std
             self.w = nn.Parameter(torch.randn(shape) * std)
-        ops = [OPS[letter] for letter in sharing.transformed if OPS[letter] in readers and len(readers) > 1]
-        self.slope = nn.ParameterDict({op: self.initial_slope(op, sharing.bins) for op in ops})
-
-    @torch.no_grad()
-    def initial_slope(self, op, bins):
-        """F_Laplace^-1(Phi(c / std)) / c at the centre c of each bin; 1 for a transformed shift."""
-        if self.official:
-            return nn.Parameter(torch.randn(bins))
-        if op == "shift":
-            return nn.Parameter(torch.ones(bins))
-        lo, hi = self.w.aminmax()
-        z = (lo + (hi - lo) * (torch.arange(bins) + 0.5) / bins).abs() / self.std
-        z = z.clamp_min(1e-3)
-        magnitude = -LAPLACE_SCALE * (math.log(2) + torch.special.log_ndtr(-z))
-        return nn.Parameter(magnitude / (z * self.std))
+        ops = [OPS[letter] for letter in sharing.transformed]
+        self.transformed = [op for op in ops if op in readers and len(readers) > 1]
+        for op in self.transformed:
+            slope = laplace_slopes(sharing.bins, sharing.gain)
+            if self.learned:
+                slope = nn.Parameter(torch.randn(sharing.bins) if self.official else slope)
+                self.register_parameter("slope_" + op, slope)
+            else:
+                self.register_buffer("slope_" + op, slope, persistent=False)
 
     def weight_for(self, op):
-        """The tensor that op's operator takes, connected to w (and the slopes) by autograd."""
+        """The tensor that op's operator takes, connected to w (and learned slopes) by autograd."""
         if self.pair:
             return shift_weight(self.w[0], self.w[1])
-        if op not in self.slope:
+        if op not in self.transformed:
             return self.w
-        slope, w = self.slope[op], self.w.detach()
-        lo, hi = w.aminmax()
-        unit = (w - lo) / (hi - lo).clamp_min(1e-12)
+        slope, w = getattr(self, "slope_" + op), self.w.detach()
+        lo, hi = w.aminmax() if self.official else (-REACH * self.std, REACH * self.std)
+        unit = (w - lo) / (hi - lo)
         index = (unit * len(slope)).long().clamp_(0, len(slope) - 1)
-        return self.w * slope[index] * (unit < 1) if self.official else self.w * slope[index]
+        transformed = self.w * slope.index_select(0, index.flatten()).view_as(w)
+        return transformed * (unit < 1) if self.official else transformed
 
     def owned(self, op):
         """What op reads now, as a SharedWeight of its own: same output, nothing shared or transformed."""
         own = copy.deepcopy(self)
         if not self.pair:
-            own.w, own.slope = nn.Parameter(self.weight_for(op).detach().clone()), nn.ParameterDict()
+            own.w, own.transformed = nn.Parameter(self.weight_for(op).detach().clone()), []
+            for name in self.transformed:
+                delattr(own, "slope_" + name)
         return own
 
-    def divergence(self, op):
-        """KL of the weights that op reads to their target density (nats an element, scalar)."""
-        w = self.weight_for(op)
-        if op == "add":
-            return kl_divergence(w, lambda a: -a.abs() / LAPLACE_SCALE - math.log(2 * LAPLACE_SCALE))
-        return kl_divergence(
-            w, lambda a: -0.5 * (a / self.std) ** 2 - math.log(self.std * math.sqrt(2 * math.pi))
-        )
+    def sample(self, op, limit=512):
+        """(elements that op reads, at most about `limit`, evenly strided, in units of std or b, density): what
+        Supernet.divergence compares with DENSITIES[density], the target in these units."""
+        transformed = op in self.transformed and self.learned
+        w = self.weight_for(op) / self.b if transformed else self.w / self.std
+        return w.flatten()[:: max(1, w.numel() // limit)], "laplace" if transformed else "normal"
 
 
-def kl_divergence(sample, log_density, limit=4096):
-    """KL(P || q) = E_P[log p] - E_P[log q] from a sample of P, differentiable in the sample.
+DENSITIES = {  # log q of a tensor
+    "normal": lambda a: -0.5 * a**2 - 0.5 * math.log(2 * math.pi),
+    "laplace": lambda a: -a.abs() - math.log(2),
+}
 
-    The entropy comes from the m-spacings of the sorted sample (Vasicek), m = n^(1/3), with the exact bias
-    for a uniform density: E[log(spacing)] = digamma(2m) - digamma(n + 1). At most `limit` elements, evenly
-    strided, are used (None: all). log_density maps a tensor to log q. Returns a scalar in nats.
+
+def kl_divergence(sample, log_density):
+    """KL(P || q) = E_P[log p] - E_P[log q] from samples of P, differentiable in them.
+
+    sample (..., n), log_density maps a tensor to log q -> scalar in nats, mean over the rows. The entropy
+    comes from the m-spacings of the sorted sample (Vasicek), m = n^(1/3), with the exact bias for a uniform
+    density: E[log(spacing)] = digamma(2m) - digamma(n + 1). ValueError if n <= 2m.
     """
-    x = sample.flatten()
-    if limit:
-        x = x[:: max(1, x.numel() // limit)]
-    x, n = x.sort().values, x.numel()
+    x, n = sample.sort().values, sample.shape[-1]
     m = max(1, round(n ** (1 / 3)))
     if n <= 2 * m:
         raise ValueError(f"a divergence needs more than {2 * m} elements, got {n}")
-    spacing = (x[2 * m :] - x[: -2 * m]).clamp_min(1e-12)
+    spacing = (x[..., 2 * m :] - x[..., : -2 * m]).clamp_min(1e-12)
     log_p = torch.digamma(torch.tensor(2.0 * m)) - torch.digamma(torch.tensor(n + 1.0)) - spacing.log()
-    return (log_p - log_density(x[m:-m])).mean()
+    return (log_p - log_density(x[..., m:-m])).mean()
+
+
+def mean_divergence(layers):
+    """Mean over the densities of the shared weights that some layers, (weight, op) each, read: KL to their
+    targets, in nats an element; each density counts once. 0 if none is transformed."""
+    rows = collections.defaultdict(list)
+    pairs = {(weight, weight.learned and op): op for weight, op in layers if weight.transformed}
+    for (weight, _), op in pairs.items():
+        row, density = weight.sample(op)
+        rows[density, len(row)].append(row)  # one call for all rows of a length
+    terms = [len(same) * kl_divergence(torch.stack(same), DENSITIES[key[0]]) for key, same in rows.items()]
+    return sum(terms) / max(1, len(pairs))
 
 
 def official_kl(weight, generator):
@@ -737,7 +758,7 @@ class HybridConv2d(nn.Module):
     ):
         super().__init__()
         self.op, self.stride, self.groups = op, stride, groups
-        self.eta = OFFICIAL_ETA if weight and weight.official and op == "add" else eta
+        self.eta = weight.eta if weight and op == "add" else eta
         self.padding = kernel // 2 if padding is None else padding
         self.shape = (c_out, c_in // groups, kernel, kernel)
         self.weight = weight or SharedWeight(
@@ -907,6 +928,18 @@ class SearchSpace:
     def sample(self, generator):
         """An arch, uniform over all archs of the space."""
         return self.arch(int(torch.randint(self.size(), (), generator=generator)))
+
+    def sample_fairly(self, generator):
+        """Archs of one depth pattern, uniform, in which each op of a position stands equally often, or once
+        more than another (FairNAS): as many archs as the longest list of ops."""
+        count, stages = max(map(len, self.ops)), []
+        for stage, ops in zip(self.sample(generator).split("/"), self.ops):
+            columns = []
+            for _ in stage:
+                orders = [torch.randperm(len(ops), generator=generator).tolist() for _ in range(count)]
+                columns.append([ops[i] for order in orders for i in order][:count])
+            stages.append(["".join(letters) for letters in zip(*columns)])
+        return ["/".join(parts) for parts in zip(*stages)]
 
     def validate(self, arch):
         """Raises ValueError, naming the part that is wrong and what is allowed; returns the arch."""
@@ -1122,6 +1155,7 @@ class Supernet(nn.Module):
 
     One cell per (position, resolution) that some arch reaches, in it one Block per op; conv, shift and add of
     a cell read the cell's SharedWeights as `sharing` says: "none", "naive", "heterogeneous" or a Sharing.
+    A list of archs (sample_fairly) instead of one: each gets an equal part of the images, in their order.
     Never shared: PEG, BN, attention, stem, head. all_cells=True adds the cells no arch reaches and the unused
     slopes, as the official fabric has them, to count its published sizes; forward never enters them.
     Source: official hytra_supernet.py, hytra_supernet_ws.py, hytra_supernet_ws_dist.py.
@@ -1165,7 +1199,7 @@ class Supernet(nn.Module):
                 sharing.shift_form,
             )
         if all_cells and readers:
-            unused = len(sharing.transformed) * (6 - len(shared))
+            unused = len(sharing.transformed) * (6 - len(shared)) * sharing.learned
             self.unused_slopes.append(nn.Parameter(torch.ones(unused, sharing.bins)))
 
     def path(self, arch):
@@ -1174,30 +1208,30 @@ class Supernet(nn.Module):
             yield self.blocks[f"{position}-{resolution}-{letter}"], entrance
 
     def forward(self, x, arch):
-        x = self.stem(x)
-        for block, entrance in self.path(arch):
-            x = block(x, entrance)
-        return self.head(x)
+        archs, parts = [arch] if isinstance(arch, str) else arch, []
+        for part, own in zip(self.stem(x).chunk(len(archs)), archs):
+            for block, entrance in self.path(own):
+                part = block(part, entrance)
+            parts.append(part)
+        return self.head(torch.cat(parts))
 
     def divergence(self, arch, kl="density", generator=None):
-        """Scalar loss of the shared weights that the arch reads.
+        """Scalar loss of the shared weights that an arch, or a list of them, reads.
 
-        "density": mean over them of SharedWeight.divergence, in nats. "official": sum over the add layers of
-        official_kl (its weight in the official loss is 10). 0 if nothing is transformed.
+        "density": mean_divergence, in nats. "official": sum over the add layers of an arch of official_kl,
+        mean over the archs (its weight in the official loss is 10). 0 if nothing is transformed.
         """
+        archs = [arch] if isinstance(arch, str) else arch
         layers = [
-            layer
-            for block, entrance in self.path(arch)
+            (layer.weight, layer.op)
+            for own in archs
+            for block, entrance in self.path(own)
             for layer in block.layers(entrance)
-            if layer.weight.slope
         ]
-        if kl == "official":
-            return sum(
-                official_kl(layer.weight.weight_for("add"), generator)
-                for layer in layers
-                if layer.op == "add"
-            )
-        return sum(layer.weight.divergence(layer.op) for layer in layers) / max(1, len(layers))
+        if kl == "density":
+            return mean_divergence(layers)
+        added = (weight.weight_for(op) for weight, op in layers if op == "add" and weight.transformed)
+        return sum(official_kl(weight, generator) for weight in added) / len(archs)
 
     def extract(self, arch):
         """The arch as a Network with copies of the weights it reads: equal output, nothing shared."""
@@ -1420,7 +1454,6 @@ TOKEN_SPACES = {
 # ------------------------------------------------------------------------------ §8 supernet of translation
 
 PAD, EOS, UNK = range(3)  # the first ids of any vocabulary; EOS ends a sentence and starts its translation
-TAP_BINS = 16  # slopes of T for the taps of a light operator: few numbers, a few dozen taps
 
 
 def fake_quantise(x, low, high, bits):
@@ -1534,7 +1567,6 @@ class Light(nn.Module):
         self.shift = HybridLinear("shift", width, width, inner) if "S" in letters else None
         self.second = HybridLinear("conv", width, width, bits=bits)
         readers = ["conv"] * ("C" in letters) + ["add"] * (letters != "C")
-        sharing = replace(sharing, bins=min(TAP_BINS, sharing.bins))
         self.taps = SharedWeight((heads, taps), readers, sharing, std=math.sqrt(2 / (heads + taps)))
 
     def forward(self, x, letter, keep, cache=None):
@@ -1697,14 +1729,13 @@ class Translator(nn.Module):
         return self.decode(target, self.encode(source, arch), arch)
 
     def divergence(self, arch):
-        """Mean divergence, in nats, of the shared taps that the arch reads (see SharedWeight); 0 if none."""
-        terms = []
+        """Mean divergence, in nats, of the shared taps that the arch reads; 0 if none."""
+        layers = []
         for part in ("encoder", "decoder"):
             for block, kind in zip(getattr(self, part), arch[part]["types"]):
-                taps = block.light[block.key(kind)].taps if kind[-1] != "T" else None
-                if taps is not None and taps.slope:
-                    terms.append(taps.divergence("conv" if kind[-1] == "C" else "add"))
-        return sum(terms) / max(1, len(terms))
+                if kind[-1] != "T":
+                    layers.append((block.light[block.key(kind)].taps, "conv" if kind[-1] == "C" else "add"))
+        return mean_divergence(layers)
 
     @torch.no_grad()
     def extract(self, arch):

@@ -33,7 +33,6 @@ import shiftaddnas
 import train
 from cost_model import Layer, layer_cost, network_cost, network_layers, operations, transformer_layers
 from shiftaddnas import (
-    LAPLACE_SCALE,
     SPACES,
     HybridConv2d,
     Sharing,
@@ -673,29 +672,32 @@ def shared(shape=(64, 64, 3, 3), **change):
         return SharedWeight(shape, ["conv", "shift", "add"], Sharing(**change))
 
 
-def test_transformed_weight_is_laplacian_at_the_start():
+def test_transformed_weight_is_laplacian_at_the_start_and_of_the_variance_of_the_weight():
     weight = shared((512, 512, 1, 1))
     a = weight.weight_for("add").detach().flatten().double().sort().values
-    cdf = torch.where(a < 0, 0.5 * torch.exp(a / LAPLACE_SCALE), 1 - 0.5 * torch.exp(-a / LAPLACE_SCALE))
+    b = weight.std / math.sqrt(2)
+    cdf = torch.where(a < 0, 0.5 * torch.exp(a / b), 1 - 0.5 * torch.exp(-a / b))
     grid = torch.arange(1, len(a) + 1) / len(a)
     assert (cdf - grid).abs().max() < 0.02  # Kolmogorov-Smirnov distance
+    assert a.std().item() == pytest.approx(weight.w.std().item(), rel=0.01)
 
 
 def test_transform_is_monotone_at_the_start_and_keeps_the_largest_weight():
     weight = shared()
+    weight.w.data[0, 0, 0, 0] = 9 * weight.std  # beyond the last bin
     w, a = weight.w.detach().flatten(), weight.weight_for("add").detach().flatten()
     assert (a[w.argsort()].diff() >= 0).all()
-    assert a[w.argmax()] == a.max() > 0 and a[w.argmin()] == a.min() < 0
+    assert a[w.argmax()] == a.max() > 2 * a[w.argsort()[-2]] and a[w.argmin()] == a.min() < 0
 
 
 def test_transform_is_one_gather_of_slopes_over_equal_bins():
-    weight, w = shared(bins=7), None
-    weight.slope["add"].data = torch.arange(1.0, 8.0)
+    weight = shared(bins=7, learned=True)
+    weight.slope_add.data = torch.arange(1.0, 8.0)
     w = weight.w.detach().flatten()
-    lo, width = w.min(), (w.max() - w.min()) / 7
-    index = torch.stack([(w >= lo + width * i * (1 + 1e-6)).long() for i in range(1, 7)]).sum(0)
-    near_edge = (((w - lo) / width) % 1 - 0.5).abs() > 0.4999
-    torch.testing.assert_close(weight.weight_for("add").flatten()[~near_edge], (w * (index + 1))[~near_edge])
+    edges = weight.std * (torch.arange(1, 7) * 10 / 7 - 5)
+    near = ((w[:, None] - edges) / weight.std).abs().amin(1) < 1e-4
+    slope = 1 + (w[:, None] >= edges).sum(1)
+    torch.testing.assert_close(weight.weight_for("add").flatten()[~near], (w * slope)[~near])
 
 
 def test_transform_is_equivariant_to_a_permutation_of_the_weights():
@@ -716,10 +718,10 @@ def test_divergence_is_zero_on_the_target_and_exact_between_gaussian_and_laplaci
     def log_laplace(a):
         return -a.abs() - math.log(2)
 
-    assert abs(kl_divergence(normal, log_normal, None)) < 2e-3
-    assert abs(kl_divergence(laplace, log_laplace, None)) < 2e-3
+    assert abs(kl_divergence(normal, log_normal)) < 2e-3
+    assert abs(kl_divergence(laplace, log_laplace)) < 2e-3
     exact = math.log(2) + math.sqrt(2 / math.pi) - 0.5 * math.log(2 * math.pi * math.e)
-    assert abs(kl_divergence(normal, log_laplace, None) - exact) < 0.02 * exact
+    assert abs(kl_divergence(normal, log_laplace) - exact) < 0.02 * exact
 
 
 def test_divergence_pulls_a_sample_to_its_target():
@@ -736,10 +738,10 @@ def test_official_divergence_is_the_softmax_form():
     torch.testing.assert_close(shiftaddnas.official_kl(w, rng(7)), (q * (q.log() - p.log())).mean())
 
 
-@pytest.mark.parametrize("mode", ["none", "naive", "heterogeneous"])
+@pytest.mark.parametrize("mode", ["none", "naive", "heterogeneous", "learned"])
 @pytest.mark.parametrize("letter", "csa")
 def test_gradient_reaches_the_weight_of_every_op(mode, letter):
-    supernet = Supernet(FASHION, mode)
+    supernet = Supernet(FASHION, Sharing(learned=True) if mode == "learned" else mode)
     for block in supernet.blocks.values():
         torch.nn.init.ones_(block.bn3.weight)
     arch = "/".join(letter * n for n in (2, 2, 2))
@@ -747,8 +749,8 @@ def test_gradient_reaches_the_weight_of_every_op(mode, letter):
     for block, entrance in supernet.path(arch):
         for layer in block.layers(entrance):
             assert layer.weight.w.grad is not None and layer.weight.w.grad.abs().sum() > 0
-            if layer.op in layer.weight.slope:
-                assert layer.weight.slope[layer.op].grad.abs().sum() > 0
+            if layer.weight.transformed and layer.op == "add" and mode == "learned":
+                assert layer.weight.slope_add.grad.abs().sum() > 0
     cells = [supernet.blocks[f"0-0-{op}"].conv3.weight for op in "csa"]
     assert (cells[0] is cells[1] is cells[2]) == (mode != "none")
 
@@ -824,10 +826,11 @@ def test_a_bad_arch_is_named(arch, message):
     "sharing, published",
     [
         (Sharing(shared="", transformed="", shift_form="PS"), 615_390_116),
-        (Sharing(shared="ca", shift_form="PS"), 489_823_652),
+        (Sharing(shared="ca", shift_form="PS", learned=True), 489_823_652),
         ("naive", 238_427_044),
-        ("heterogeneous", 238_465_444),
-        (Sharing(transformed="as"), 238_503_844),
+        ("heterogeneous", 238_427_044),
+        (Sharing(learned=True), 238_465_444),
+        (Sharing(transformed="as", learned=True), 238_503_844),
     ],
 )
 def test_all_cells_of_hytra_have_the_published_sizes(sharing, published):
@@ -1766,7 +1769,7 @@ def test_the_official_sharing_drops_the_largest_weight_and_normalises_the_add_gr
         layer = HybridConv2d("add", 8, 8, 3, weight=weight)
     added = weight.weight_for("add").flatten()
     assert added[weight.w.argmax()] == 0 and (added == 0).sum() == 1
-    assert layer.eta == shiftaddnas.OFFICIAL_ETA and HybridConv2d("conv", 8, 8, 3, weight=weight).eta is None
+    assert layer.eta == 0.2 and HybridConv2d("conv", 8, 8, 3, weight=weight).eta is None
 
 
 def test_the_summary_has_mean_and_deviation_over_the_seeds(tmp_path, capsys, monkeypatch):

@@ -63,6 +63,7 @@ class Config:
     sharing: str = flag("heterogeneous", "weights of conv, shift and add", choices=tuple(SHARING))
     kl_weight: float = flag(0.01, "weight of the divergences of shared weights", low=0)
     kl: str = flag("density", "their form", choices=("density", "official"))
+    sampling: str = flag("fair", "archs of an image batch", choices=("fair", "single"))
     data: str = flag("", "folder of another data set (default: the embedded Fashion-MNIST)")
     epochs: int = flag(7, "passes over the training data", low=1)
     batch: int = flag(100, "images or sentences of a forward pass", low=2)
@@ -772,7 +773,8 @@ def train(config, space, data, model, arch, path):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, per_epoch)
             batches = own_batches(config, data, order[step % per_epoch], generator)
-            drawn = arch or space.sample(generator)
+            fair = config.sampling == "fair" and not isinstance(space, TokenSpace)
+            drawn = arch or (space.sample_fairly if fair else space.sample)(generator)
             optimizer.zero_grad()
             means = backward(config, model, arch, drawn, batches, generator)
             loss, loss_ce, stopped = add_up(model, [*means, float(len(stop))])
@@ -845,7 +847,7 @@ def losses_of(config, model, arch, drawn, batch, generator):
         logits.flatten(0, -2), y.flatten(), ignore_index=PAD if isinstance(model, Translator) else -100,
         label_smoothing=config.smoothing,
     )
-    if arch:
+    if arch or not config.kl_weight:
         return loss_ce, loss_ce
     settings = () if isinstance(model, Translator) else (config.kl, generator)
     return loss_ce + config.kl_weight * model.divergence(drawn, *settings), loss_ce
