@@ -34,11 +34,12 @@ from cost_model import count_params, measured_latency_ms, measured_table, networ
 from cost_model import operations
 from shiftaddnas import LAPLACE_SCALE, SPACES, TYPES, Sharing, SharedWeight, Supernet
 from shiftaddnas import TOKEN_SPACES, TokenSpace
-from shiftaddnas import build, find_space, power_of_two
+from shiftaddnas import build, power_of_two
 from train import Config, Sentences, accuracy, check_device, file_name, flag, load, load_data, load_supernet
 from train import join_processes, make_model, parse, processes, rank, recalibrate, run_command, tested
-from train import token_loss, train, translate, write_text
+from train import space_of, token_loss, train, translate, write_text
 
+SINGLE = ("arch", "init", "translate", "evaluate", "convert", "benchmark")  # flags of train.py alone
 TRIES = 200  # draws for one child before the search says that the budget leaves nothing new
 
 
@@ -450,7 +451,7 @@ def study(config):
     network that the mode finds under --budget, retrained, and the time a step. Accuracies on the test images.
     Everything measured is kept in <out>/study.json: an interrupted study goes on after its last item.
     """
-    space, data = find_space(config.space), load_data(config.data, find_space(config.space))
+    space, data = (space := space_of(config)), load_data(config.data, space, config)
     folder = Path(config.out) / "study"
     folder.mkdir(parents=True, exist_ok=True)
     path, started, generator = folder / "study.json", time.monotonic(), torch.Generator().manual_seed(0)
@@ -584,7 +585,7 @@ def plot_weights(space, checkpoint, path):
 
 def main(argv=None):
     """The command line of search.py: supernet, search, retraining, table."""
-    config = parse(SearchConfig, __doc__, argv, hidden=("arch", "init", "translate"))
+    config = parse(SearchConfig, __doc__, argv, hidden=SINGLE)
     if config.summary:
         return summarise(config.summary.split(","), config.out)
     if config.study and config.space in TOKEN_SPACES:
@@ -594,7 +595,7 @@ def main(argv=None):
     if config.resume and not os.path.exists(os.path.join(config.out, "supernet.pt")):
         raise ValueError(f"--resume: {config.out} holds no interrupted run")
     config.resume = True
-    space = find_space(config.space)
+    space = space_of(config)
     check_device(config.device)
     join_processes(config)
     if processes() > config.first:

@@ -1123,7 +1123,7 @@ def test_the_published_recipes_fit_the_parser_and_take_a_step_at_small_width():
         network = shiftaddnas.Translator(SMALL, 50, SMALL.extreme(min, "TS"), bits=config.bits)
         batch = (*token_batch(), token_batch()[1])
         optimizer, before = train.make_optimizer(network, config), network.embedding.detach().clone()
-        train.backward(config, network, network.arch, network.arch, [batch], None)
+        train.take_step(config, network, optimizer, network.arch, [network.arch], [batch], [None], None)
         optimizer.step()
         assert not network.embedding.equal(before)
         assert train.learning_rate(config, 10**6, 10) < config.lr
