@@ -1826,6 +1826,37 @@ def test_cifar_images_enter_at_224_pixels_as_their_enlarged_centre(tmp_path):
     assert data.batch(torch.arange(4), rng())[0].shape == (4, 3, 224, 224)
 
 
+def test_the_recipes_of_images_have_the_published_schedule():
+    imagenet = 1_281_167
+    for space, images, peak in (
+        ("hytra", 50_000, 1e-3), ("bossnet_t0", imagenet, 1e-3), ("bossnet_t1", imagenet, 8.75e-4)
+    ):
+        config = train.parse(train.Config, "", ["--space", space])
+        per_epoch = images // (config.batch * config.accumulate)
+        steps = [round(epoch * per_epoch) for epoch in (0, 5, 152.5, 300)]
+        rates = [train.learning_rate(config, step, per_epoch) for step in steps]
+        assert rates == pytest.approx([peak / config.warmup, peak, (peak + 1e-5) / 2, 1e-5], rel=0.01)
+        assert peak == 5e-4 * config.batch * config.accumulate / 512 and config.epochs == 300
+
+
+def test_the_documented_snippet_makes_arrays_of_jpeg_folders(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    snippet = (ROOT / "results" / "scale.md").read_text().split("```python\n")[1].split("```")[0]
+    for split in ("train", "val"):
+        for number, name in enumerate(("n01", "n02")):
+            (tmp_path / "jpeg" / split / name).mkdir(parents=True)
+            for i in range(9):
+                picture = image.new("RGB", (300 + 40 * number, 280), (100 * number, 50, 200))
+                picture.save(tmp_path / "jpeg" / split / name / f"{i}.jpeg")
+    monkeypatch.setattr(sys, "argv", ["arrays.py", str(tmp_path / "jpeg"), str(tmp_path / "arrays")])
+    exec(snippet, {})
+    data = train.load_data(tmp_path / "arrays", replace(HYTRA, image=224))
+    x, y = data.view(data.test, np.arange(18))
+    assert x.shape == (18, 3, 224, 224) and isinstance(data.train.images, np.memmap)
+    red = (x * data.std + data.mean)[:, 0].mean((1, 2)) * 255
+    torch.testing.assert_close(red, 100.0 * y, atol=3, rtol=0)
+
+
 def test_embedded_splits_are_disjoint_and_balanced():
     data = train.load_data("", FASHION)
     assert [len(split.index) for split in data[:3]] == [5000, 1000, 2000]

@@ -1079,8 +1079,9 @@ def train(config, space, data, model, arch, path):
                 save_after = time.monotonic() + (time.monotonic() - begun) / SAVE_SHARE
             if stopped:
                 raise KeyboardInterrupt
-    share_buffers(model)
-    return (average.module if average else model).eval()
+    trained = average.module if average else model
+    share_buffers(trained)
+    return trained.eval()
 
 
 def prepare(config, space, data, model, arch):
@@ -1122,8 +1123,7 @@ def load_teacher(config, space, data):
 
 
 def activation_bytes(config, space, arch):
-    """What the backward pass of one batch of images needs from the forward pass: counted on tensors without
-    content."""
+    """What the backward pass of a batch of images keeps of the forward pass, counted on the meta device."""
     sizes, batch = {}, config.batch
 
     def keep(tensor):
