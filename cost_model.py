@@ -271,7 +271,7 @@ def network_layers(space, arch, image=None):
         stride, out_c = space.strides[resolution] if entrance == "down" else 1, space.widths[resolution]
         layers += _block(OPS[letter], size, width, out_c, stride, space.head_dim, space.retraining)
         size, width = _out(3, stride, size), out_c
-    return layers + [_linear(1, width, space.classes)] * (1 + space.retraining)
+    return layers + [_linear(1, width, space.classes)] * (1 + space.distilled)
 
 
 def _out(kernel, stride, size):

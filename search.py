@@ -37,8 +37,9 @@ from shiftaddnas import SPACES, TYPES, Sharing, SharedWeight, Supernet
 from shiftaddnas import TokenSpace, build, find_space, power_of_two
 from train import Config, Sentences, accuracy, check_device, file_name, flag, load, load_data, load_supernet
 from train import join_processes, make_model, output_folder, parse, processes, rank, recalibrate
-from train import run_command, tested, token_loss, train, translate, write_text
+from train import run_command, space_of, tested, token_loss, train, translate, write_text
 
+SINGLE = ("arch", "init", "translate", "evaluate", "convert", "benchmark")  # flags of train.py alone
 TRIES = 200  # draws for one child before the search says that the budget leaves nothing new
 
 
@@ -534,7 +535,7 @@ def study(config):
     network that the mode finds under --budget, retrained, and the time a step. Accuracies on the test images.
     Everything measured is kept in <out>/study.json: an interrupted study goes on after its last item.
     """
-    space, data = find_space(config.space), load_data(config.data, find_space(config.space))
+    space, data = (space := space_of(config)), load_data(config.data, space, config)
     folder = Path(config.out) / "study"
     folder.mkdir(parents=True, exist_ok=True)
     path, started, generator = folder / "study.json", time.monotonic(), torch.Generator().manual_seed(0)
@@ -643,7 +644,8 @@ def plot_weights(space, checkpoint, path):
         print(f"no {path.name}: matplotlib is not installed")
         return
     supernet = load_supernet(checkpoint, space)
-    shared = [module for module in supernet.modules() if isinstance(module, SharedWeight) and module.transformed]
+    weights = (module for module in supernet.modules() if isinstance(module, SharedWeight))
+    shared = [module for module in weights if module.transformed]
     weight = max(shared, key=lambda module: module.w.numel())
     w, added, grid = weight.w, weight.weight_for("add"), torch.linspace(-5, 5, 400) * weight.std
 
@@ -723,12 +725,12 @@ def tell(config, space, data):
 
 def main(argv=None):
     """The command line of search.py."""
-    config = parse(SearchConfig, __doc__, argv, hidden=("arch", "init", "translate"))
+    config = parse(SearchConfig, __doc__, argv, hidden=SINGLE)
     if config.figures:
         return figures()
     if config.summary:
         return summarise(config.summary.split(","), config.out)
-    space = find_space(config.space)
+    space = space_of(config)
     if config.study and isinstance(space, TokenSpace):
         raise ValueError("--study sharing is for spaces of images")
     if config.study:

@@ -33,7 +33,7 @@ Does NOT include: pretrained weights, the siamese self-supervision of BossNAS, u
 
 Deviations from the official code (github.com/RICE-EIC/ShiftAddNAS, folder CV)
     D1  attention mixes values with softmax rows of the queries; theirs uses the transposed matrix, so the
-        weights that reach one output position do not sum to 1.
+        weights that reach one output position do not sum to 1 (kept for published checkpoints).
     D2  the strided add gradient divides by the stride before it tests the range; theirs tests first and
         loses up to 75 % of the input gradient.
     D3  T has a closed last bin (theirs maps the largest weight to 0) and starts as the map from the fitted
@@ -67,13 +67,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 OPS = {"c": "conv", "s": "shift", "a": "add", "t": "attn"}
 
@@ -157,20 +158,25 @@ def shift_conv2d(x, weight, stride=1, padding=0, groups=1):
     return F.conv2d(fixed_point(x), power_of_two(weight), None, stride, padding, 1, groups)
 
 
-def attention2d(x, weight, head_dim):
+def attention2d(x, weight, head_dim, official=False):
     """Multi-head self-attention over the positions of a map.
 
         q, k, v = split(weight * x);  y[:, i] = sum_j softmax_j(q_i . k_j / sqrt(head_dim)) v[:, j]
 
     x (N, C, H, W), weight (3C, C, 1, 1) -> (N, C, H, W), C / head_dim heads. The weights that enter one
-    output position sum to 1 (deviation D1). Raises ValueError if head_dim does not divide C.
+    output position sum to 1; official=True has the transposed matrix instead, for published weights (D1).
+    Raises ValueError if head_dim does not divide C.
     Source: official hytra_ops.py, Attention.
     """
     n, c, h, w = x.shape
     if c % head_dim:
         raise ValueError(f"head_dim must divide the {c} channels, got {head_dim}")
     q, k, v = F.conv2d(x, weight).view(n, 3, c // head_dim, head_dim, h * w).transpose(3, 4).unbind(1)
-    return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c, h, w)
+    if official:
+        y = (q @ k.transpose(2, 3) * head_dim**-0.5).softmax(3).transpose(2, 3) @ v
+    else:
+        y = F.scaled_dot_product_attention(q, k, v)
+    return y.transpose(2, 3).reshape(n, c, h, w)
 
 
 # ----------------------------------------------------------------------------------- §2 compiled kernels
@@ -689,8 +695,8 @@ class SharedWeight(nn.Module):
         return own
 
     def sample(self, op, limit=512):
-        """(elements that op reads, at most about `limit`, evenly strided, in units of std or b, density): what
-        Supernet.divergence compares with DENSITIES[density], the target in these units."""
+        """(elements that op reads, at most about `limit`, evenly strided, in units of std or b; density):
+        Supernet.divergence compares them with DENSITIES[density], the target in these units."""
         transformed = op in self.transformed and self.learned
         w = self.weight_for(op) / self.b if transformed else self.w / self.std
         return w.flatten()[:: max(1, w.numel() // limit)], "laplace" if transformed else "normal"
@@ -772,6 +778,7 @@ class HybridConv2d(nn.Module):
             length = self.eta * math.sqrt(w.numel())
             w = w.view_as(w)  # a hook on the parameter itself would pile up
             w.register_hook(lambda grad: grad * (length / grad.norm().clamp_min(1e-12)))
+        x = x.to(w.dtype) if self.op == "add" else x  # under autocast distances stay float32
         y = OPERATORS[self.op](x, w, stride=self.stride, padding=self.padding, groups=self.groups)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
@@ -843,7 +850,7 @@ class Block(nn.Module):
             }
         )
         if op == "attn":
-            self.middle = Attention2d(p, space.head_dim)
+            self.middle = Attention2d(p, space.head_dim, space.official_attention)
         else:
             self.middle = HybridConv2d(kind, p, p, 3, weight=weights.get("conv2"), shift_form=shift_form)
         self.bn2, self.bn3, self.act = nn.BatchNorm2d(p), nn.BatchNorm2d(c_out), space.activation()
@@ -865,13 +872,13 @@ class Block(nn.Module):
 class Attention2d(nn.Module):
     """attention2d with its own weight (3C, C, 1, 1)."""
 
-    def __init__(self, channels, head_dim):
+    def __init__(self, channels, head_dim, official=False):
         super().__init__()
         self.qkv = nn.Parameter(torch.randn(3 * channels, channels, 1, 1) * channels**-0.5)
-        self.head_dim = head_dim
+        self.head_dim, self.official = head_dim, official
 
     def forward(self, x):
-        return attention2d(x, self.qkv, self.head_dim)
+        return attention2d(x, self.qkv, self.head_dim, self.official)
 
 
 # --------------------------------------------------------------------------------------------- §5 space
@@ -895,7 +902,9 @@ class SearchSpace:
     ops: tuple  # letters allowed per resolution
     depths: tuple  # allowed numbers of blocks per resolution
     head_dim: int  # attention has p / head_dim heads
-    retraining: bool = False  # the form of the official retraining networks: SiLU, squeeze-excite, two heads
+    retraining: bool = False  # the form of the official retraining networks: SiLU, squeeze-excite
+    distilled: bool = False  # networks have a second classifier, which learns from a teacher
+    official_attention: bool = False  # the matrix of attention as published weights expect it (D1)
 
     def activation(self):
         return nn.SiLU() if self.retraining else nn.ReLU()
@@ -1048,7 +1057,8 @@ SPACES = {
 SPACES["cifar10"] = replace(SPACES["fashion"], name="cifar10", image=32, in_channels=3)
 SPACES["cifar100"] = replace(SPACES["cifar10"], name="cifar100", classes=100)
 SPACES["bossnet_t0"] = replace(
-    SPACES["hytra"], name="bossnet_t0", classes=1000, widths=(256, 512, 1024, 2048), retraining=True
+    SPACES["hytra"], name="bossnet_t0", classes=1000, widths=(256, 512, 1024, 2048), retraining=True,
+    distilled=True,
 )
 SPACES["bossnet_t1"] = replace(SPACES["bossnet_t0"], name="bossnet_t1", strides=(1, 2, 2, 1))
 
@@ -1090,13 +1100,13 @@ def input_projection(space, resolution):
 
 
 class Head(nn.Module):
-    """Global average pool and a linear classifier. The retraining form has a second one for distillation:
-    training returns both logits, evaluation their mean."""
+    """Global average pool and a linear classifier. A distilled network has a second one: training returns
+    both logits, evaluation their mean."""
 
     def __init__(self, space):
         super().__init__()
         self.fc = nn.Linear(space.widths[-1], space.classes)
-        self.distilled = nn.Linear(space.widths[-1], space.classes) if space.retraining else None
+        self.distilled = nn.Linear(space.widths[-1], space.classes) if space.distilled else None
 
     def forward(self, x):
         x = x.mean((2, 3))
@@ -1106,7 +1116,10 @@ class Head(nn.Module):
 
 
 class Network(nn.Module):
-    """One fixed network: stem, blocks, head. logits = network(x), x (N, C, H, W) -> (N, classes)."""
+    """One fixed network: stem, blocks, head. logits = network(x), x (N, C, H, W) -> (N, classes). With
+    `checkpointing` a training pass keeps the inputs of blocks alone and computes their inside again."""
+
+    checkpointing = False
 
     def __init__(self, arch, stem, blocks, head):
         super().__init__()
@@ -1115,8 +1128,33 @@ class Network(nn.Module):
     def forward(self, x):
         x = self.stem(x)
         for block in self.blocks:
-            x = block(x, *block.entrances)
+            x = run_block(block, x, *block.entrances, self.checkpointing)
         return self.head(x)
+
+
+def run_block(block, x, entrance, checkpointing):
+    """block(x, entrance); with checkpointing it runs again in the backward pass, for the memory of its
+    inside, and batch norm counts the images once."""
+    if not (checkpointing and torch.is_grad_enabled()):
+        return block(x, entrance)
+    return checkpoint(
+        block, x, entrance, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block))
+    )
+
+
+@contextmanager
+def frozen_statistics(module):
+    """Batch norms of a module leave their running statistics as they are."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in kept:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 def build(space, arch, shift_form="Q", seed=0):
@@ -1158,11 +1196,15 @@ class Supernet(nn.Module):
     A list of archs (sample_fairly) instead of one: each gets an equal part of the images, in their order.
     Never shared: PEG, BN, attention, stem, head. all_cells=True adds the cells no arch reaches and the unused
     slopes, as the official fabric has them, to count its published sizes; forward never enters them.
+    checkpointing: as in Network. A supernet has one classifier in every space.
     Source: official hytra_supernet.py, hytra_supernet_ws.py, hytra_supernet_ws_dist.py.
     """
 
+    checkpointing = False
+
     def __init__(self, space, sharing="heterogeneous", seed=0, all_cells=False):
         super().__init__()
+        space = replace(space, distilled=False)
         if isinstance(sharing, str) and sharing not in SHARING:
             raise ValueError(f"unknown sharing {sharing!r}; known: {', '.join(SHARING)}")
         self.space, self.sharing = space, SHARING[sharing] if isinstance(sharing, str) else sharing
@@ -1211,7 +1253,7 @@ class Supernet(nn.Module):
         archs, parts = [arch] if isinstance(arch, str) else arch, []
         for part, own in zip(self.stem(x).chunk(len(archs)), archs):
             for block, entrance in self.path(own):
-                part = block(part, entrance)
+                part = run_block(block, part, entrance, self.checkpointing)
             parts.append(part)
         return self.head(torch.cat(parts))
 

@@ -2,6 +2,7 @@
 search, cost model. References are independent definitions: float64 loops, closed forms, recorded figures.
 """
 
+import argparse
 import contextlib
 import copy
 import io
@@ -57,6 +58,7 @@ from shiftaddnas import (
 
 ROOT = Path(__file__).parent
 FASHION, HYTRA = SPACES["fashion"], SPACES["hytra"]
+V3, V4 = "cc/cccc/sctaa/ttctt", "cc/cscc/sctss/ttctt"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that spin beside another process crawl
 TINY = replace(FASHION, name="tiny", ops=("c", "cs", "cst"), depths=((1, 1, 1), (1, 2, 1)))
 
@@ -234,6 +236,14 @@ def test_add_conv2d_takes_empty_batches_and_odd_layouts():
 def test_operators_name_the_shapes_that_do_not_fit(operator, shape, weight, settings):
     with pytest.raises(ValueError, match=r"x \(.*weight \("):
         operator(torch.zeros(shape), torch.zeros(weight), **settings)
+
+
+def test_official_attention_mixes_by_the_columns():
+    x, w = torch.randn(1, 4, 2, 3, generator=rng()), torch.randn(12, 4, 1, 1, generator=rng(1))
+    q, k, v = torch.einsum("mc,cp->mp", w[:, :, 0, 0], x[0].flatten(1)).view(3, 2, 2, 6)  # (heads, 2, places)
+    weights = torch.einsum("hdi,hdj->hij", q, k).div(2**0.5).softmax(2)
+    expected = torch.einsum("hij,hdi->hdj", weights, v).reshape(1, 4, 2, 3)
+    torch.testing.assert_close(attention2d(x, w, 2, official=True), expected)
 
 
 def test_attention_weights_of_an_output_sum_to_one_and_equal_loops():
@@ -892,6 +902,36 @@ def test_a_seed_decides_the_weights_and_leaves_the_global_generator_alone():
     assert not one.head.fc.weight.equal(other.head.fc.weight)
 
 
+def test_the_full_hytra_supernet_takes_a_step_and_t0_has_gradients_at_64_pixels():
+    config = train.Config(space="hytra", image=64, batch=2, device="cpu")
+    space = train.space_of(config)
+    supernet = Supernet(space).train()
+    optimizer, arch = train.make_optimizer(supernet, config), "cc/cs/aast/ttcttctc"
+    batch, before = [torch.rand(2, 3, 64, 64), torch.tensor([3, 99])], supernet.head.fc.weight.clone()
+    loss, *_ = train.take_step(config, supernet, optimizer, "", [arch], [batch], [None], None)
+    optimizer.step()
+    assert math.isfinite(loss) and not supernet.head.fc.weight.equal(before)
+    network = build(SPACES["bossnet_t0"], "cc/cccc/sctaa/ttctt")
+    logits = network(torch.rand(2, 3, 64, 64))
+    sum(part.square().mean() for part in logits).backward()
+    assert [part.shape for part in logits] == [(2, 1000)] * 2
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("arch", ["", "cs/at/sac"])
+def test_checkpointing_changes_memory_alone(arch):
+    found = []
+    for checkpointing in (False, True):
+        network = (build(FASHION, arch) if arch else Supernet(FASHION)).train()
+        network.checkpointing = checkpointing
+        loss = network(torch.rand(4, 1, 28, 28, generator=rng()), *[] if arch else ["cs/at/sac"])
+        loss.square().sum().backward()
+        grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        found.append(grads | dict(network.named_buffers()))
+    assert found[0].keys() == found[1].keys()
+    assert all(tensor.equal(found[1][name]) for name, tensor in found[0].items())
+
+
 # ------------------------------------------------------------------------------- §7 tokens and their spaces
 
 
@@ -1169,7 +1209,7 @@ def test_the_published_recipes_fit_the_parser_and_take_a_step_at_small_width():
         network = shiftaddnas.Translator(SMALL, 50, SMALL.extreme(min, "TS"), bits=config.bits)
         batch = (*token_batch(), token_batch()[1])
         optimizer, before = train.make_optimizer(network, config), network.embedding.detach().clone()
-        train.backward(config, network, network.arch, network.arch, [batch], None)
+        train.take_step(config, network, optimizer, network.arch, [network.arch], [batch], [None], None)
         optimizer.step()
         assert not network.embedding.equal(before)
         assert train.learning_rate(config, 10**6, 10) < config.lr
@@ -1412,6 +1452,79 @@ def test_two_processes_train_and_three_search_as_one_does(tiny_data, tmp_path):
     assert [row["arch"] for row in tables[0]] == [row["arch"] for row in tables[1]]
 
 
+PARTS = {  # of a recipe, in small
+    "crop": ["--crop", "0.3"],
+    "randaugment": ["--randaugment", "9"],
+    "erasing": ["--erasing", "0.25"],
+    "mixup": ["--mixup", "0.8"],
+    "cutmix": ["--cutmix", "1"],
+    "smoothing": ["--smoothing", "0.1"],
+    "repeats": ["--repeats", "3"],
+    "ema": ["--ema", "0.9"],
+}
+
+
+def test_two_processes_take_the_steps_of_one_with_the_whole_recipe_and_an_arch_a_pass(tiny_data, tmp_path):
+    flags = ["--data", tiny_data, "--epochs", 3, "--batch", 10, "--accumulate", 4, "--arch-per-pass"]
+    flags += ["--kl", "official", *itertools.chain(*PARTS.values()), "--out"]
+    one = command("train", *flags, tmp_path / "one")
+    several = start_processes(2, "train", *flags, tmp_path / "two")
+    assert one.returncode == 0 and several.wait(120) == 0, one.stderr + several.stderr.read()
+    logs = [(tmp_path / name / "supernet.jsonl").read_text().splitlines() for name in ("one", "two")]
+    steps = [[json.loads(line) for line in log] for log in logs]
+    assert [step["arch"] for step in steps[0]] == [step["arch"] for step in steps[1]]
+    assert len(steps[0][0]["arch"]) == 4
+    assert [s["loss"] for s in steps[1]] == pytest.approx([s["loss"] for s in steps[0]], rel=1e-4)
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch._dynamo  # what the first step imports, once for all lives
+import train
+kills, out, flags = int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
+train.SAVE_SHARE, draw, halves = 0.5, random.Random(0), 0
+
+def live(out, seconds=None):
+    pid = os.fork()
+    if not pid:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        train.main(flags + ["--resume", "--out", str(out)])
+        os._exit(0)
+    if seconds:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] in ((signal.SIGKILL, 0) if seconds else (0,))
+
+live(out / "whole")
+steps = [0]
+for _ in range(kills):
+    live(out / "killed", draw.uniform(0.1, 0.6))
+    path = out / "killed" / "supernet.pt"
+    halves += len(list(path.parent.glob("supernet.pt.*.tmp")))
+    for rest in path.parent.glob("*.tmp"):
+        rest.unlink()
+    steps.append(train.load_checkpoint(path)["step"] if path.exists() else 0)
+assert steps == sorted(steps)
+live(out / "killed")
+print(f"{kills} kills after the steps {steps[1:]}, {halves} of them left a half-written file")
+"""
+
+
+def test_runs_killed_at_random_moments_end_with_the_losses_of_a_whole_run(tiny_data, tmp_path):
+    kills = int(os.environ.get("KILLS", 4))
+    flags = ["--data", tiny_data, "--epochs", f"{4 * kills}", "--batch", "30", "--ema", "0.9", "--mixup", "1"]
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, ROOT, str(kills), tmp_path, *flags], capture_output=True, text=True,
+        env=ONE_THREAD,
+    )
+    assert run.returncode == 0, run.stderr
+    print(run.stdout)
+    killed, whole = (losses(tmp_path / name / "supernet.jsonl") for name in ("killed", "whole"))
+    assert killed == whole and len(whole) == 12 * kills
+
+
 def test_passes_that_cannot_be_shared_and_too_few_archs_are_one_sentence(tiny_data, tmp_path):
     for program, flags, message in (
         ("train", ["--accumulate", 3], "--accumulate 3 is no multiple of the 2 processes"),
@@ -1452,6 +1565,230 @@ def test_inherited_weights_start_where_the_supernet_is(tiny_data, tmp_path):
         torch.testing.assert_close(trained[name], value.detach(), atol=1e-6, rtol=0)
 
 
+def test_a_resumed_recipe_has_the_losses_and_the_average_of_an_uninterrupted_run(tiny_data, tmp_path):
+    flags = ["--data", str(tiny_data), "--arch", "ca/st/ac", "--batch", "30", "--accumulate", "1", "--epochs"]
+    flags += ["3", *itertools.chain(*PARTS.values()), "--amp", "--channels-last", "--out"]
+    train.main(flags + [str(tmp_path / "whole")])
+    real, calls = train.mix, []
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "mix", interrupted)
+        train.main(flags + [str(tmp_path / "halved")])
+    train.main(flags + [str(tmp_path / "halved"), "--resume"])
+    whole, halved = (train.load_checkpoint(tmp_path / name / "ca-st-ac.pt") for name in ("whole", "halved"))
+    assert losses(tmp_path / "halved" / "ca-st-ac.jsonl") == losses(tmp_path / "whole" / "ca-st-ac.jsonl")
+    assert all(tensor.equal(halved["average"][name]) for name, tensor in whole["average"].items())
+    network, *_ = train.read_network(tmp_path / "whole" / "ca-st-ac.pt")
+    assert network.head.fc.weight.equal(whole["average"]["module.head.fc.weight"])
+    assert not network.head.fc.weight.equal(whole["model"]["head.fc.weight"])
+
+
+def teacher_file(path, classes):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, classes))
+    if path.suffix == ".pt2":
+        torch.export.save(torch.export.export(network, (torch.rand(30, 1, 28, 28),)), path)
+    else:
+        torch.jit.trace(network, torch.rand(1, 1, 28, 28)).save(path)
+    return network
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["teacher.ts", "teacher.pt2"])
+def test_a_teacher_decides_the_second_half_of_the_loss(name, tiny_data, tmp_path, capsys):
+    network = teacher_file(tmp_path / name, 10)
+    config = train.Config(batch=30, teacher=str(tmp_path / name), smoothing=0.1, device="cpu")
+    data = train.load_data(tiny_data, FASHION, config)
+    teacher = train.load_teacher(config, FASHION, data)
+    x, y = data.view(data.train, np.arange(30))
+    seen = network(x * data.std + data.mean).argmax(1)
+    assert teacher(x).equal(seen) and len(set(seen.tolist())) > 1
+    for space in (FASHION, replace(FASHION, distilled=True)):
+        student = build(space, "cs/at/sac").train()
+        loss, _ = train.losses_of(config, student, student.arch, student.arch, [x, y], None, teacher)
+        first, second = logits if isinstance(logits := student(x), tuple) else (logits, logits)
+        expected = (F.cross_entropy(first, y, label_smoothing=0.1) + F.cross_entropy(second, seen)) / 2
+        torch.testing.assert_close(loss, expected)
+    teacher_file(tmp_path / name, 7)
+    flags = ["--data", str(tiny_data), "--batch", "30", "--out", str(tmp_path / "o"), "--arch", "cc/sa/tt"]
+    with pytest.raises(ValueError, match="gives 7 logits an image; the student has 10 classes"):
+        train.main([*flags, "--teacher", str(tmp_path / name)])
+
+
+def test_too_little_memory_is_foreseen(tiny_data, tmp_path, monkeypatch):
+    x = torch.rand(30, 1, 28, 28)
+    network, kept = build(FASHION, "cs/at/sac").train(), {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel() * 4 * (len(tensor) == 30)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = network(x)
+    foreseen = train.activation_bytes(train.Config(batch=30), FASHION, "cs/at/sac")
+    assert logits.requires_grad and foreseen == pytest.approx(sum(kept.values()), rel=0.1)
+    monkeypatch.setattr(train, "free_bytes", lambda device: foreseen // 2)
+    with pytest.raises(ValueError, match=r"training needs at least 0\.0 GiB .* smaller --batch"):
+        train.main(["--data", str(tiny_data), "--batch", "30", "--out", str(tmp_path)])
+
+
+def official_parts(letter, at):
+    """Official names of a block's parts: conv1, peg, bn1, middle, bn2, conv3, bn3, shortcut."""
+    if letter == "t":
+        names = "proj.0 proj.1.conv proj.2 net.1.to_qkv net.2 net.4 net.5 shortcut"
+    else:
+        names = "conv1 peg.conv bn1 conv2 bn2 conv3 bn3 downsample"
+    return [at + name for name in names.split()]
+
+
+def official_state(arch, form, distilled=True):
+    """Name -> tensor of an official checkpoint (boss_models.py, boss_candidates), written down by block."""
+    state, generator = {}, rng()
+
+    def tensor(name, *shape):
+        state[name] = torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
+
+    def norm(name, width):
+        for part in ("weight", "bias", "running_mean"):
+            tensor(f"{name}.{part}", width)
+        state[f"{name}.running_var"] = torch.rand(width, generator=generator) + 0.5
+        state[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
+    def layer(op, name, *shape):
+        leaves = {"a": ["adder"], "s": ["shift", "sign"] if form == "PS" else ["weight"]}.get(op, ["weight"])
+        for leaf in leaves:
+            tensor(f"{name}.{leaf}", *shape)
+        if leaves[-1] == "sign":
+            state[f"{name}.shift"].mul_(5).sub_(5), state[f"{name}.sign"].mul_(math.prod(shape[1:]) ** 0.5)
+
+    layer("c", "conv1", 64, 3, 7, 7), norm("bn1", 64)
+    width = 64
+    for stage, letters in enumerate(arch.split("/")):
+        p, out = 64 * 2**stage, 256 * 2**stage
+        for i, op in enumerate(letters):
+            at, t = f"layer{stage + 1}.{i}.", op == "t"
+            enter, peg, bn1, middle, bn2, leave, bn3, project = official_parts(op, at)
+            layer(op, enter, p, width, 1, 1), layer(op, peg, p, 1, 3, 3), norm(bn1, p)
+            if op != "a":
+                tensor(peg + ".bias", p)
+            layer(op, middle, *((3 * p, p, 1, 1) if t else (p, p, 3, 3))), norm(bn2, p)
+            layer(op, leave, out, p, 1, 1), norm(bn3, out)
+            if i == 0:
+                layer(op, project + ".1", out, width, 1, 1), norm(project + ".2", out)
+            if not t:
+                for part, shape in (("fc1", (out // 16, out)), ("fc2", (out, out // 16))):
+                    tensor(f"{at}se.{part}.weight", *shape, 1, 1), tensor(f"{at}se.{part}.bias", shape[0])
+            width = out
+    for head in ["fc", "dist_head"][: 1 + distilled]:
+        tensor(f"{head}.weight", 1000, 2048), tensor(f"{head}.bias", 1000)
+    return state
+
+
+def official_logits(state, arch, x):
+    """What the official network computes in evaluation, from its state dict."""
+
+    def norm(name, x):
+        mean, var, weight, bias = (
+            state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(x, mean, var, weight, bias)
+
+    def layer(name, x, op="c", **geometry):
+        own = {key[len(name) + 1 :]: tensor for key, tensor in state.items() if key.startswith(name + ".")}
+        weight = shift_weight(own["shift"], own["sign"]) if "sign" in own else own.get("weight")
+        y = add_conv2d(x, own["adder"], **geometry) if op == "a" else (
+            shift_conv2d if op == "s" else F.conv2d)(x, weight, **geometry)
+        return y + own["bias"].view(-1, 1, 1) if "bias" in own else y
+
+    x = F.max_pool2d(F.silu(norm("bn1", layer("conv1", x, stride=2, padding=3))), 3, 2, 1)
+    for stage, letters in enumerate(arch.split("/"), 1):
+        for i, op in enumerate(letters):
+            at, stride = f"layer{stage}.{i}.", 2 if stage > 1 and i == 0 else 1
+            enter, peg, bn1, middle, bn2, leave, bn3, project = official_parts(op, at)
+            groups, shortcut = 64 * 2 ** (stage - 1), x
+            if i == 0:
+                shortcut = F.avg_pool2d(x, 2, stride, ceil_mode=True) if stride == 2 else x
+                shortcut = norm(project + ".2", layer(project + ".1", shortcut, op))
+            x = layer(peg, layer(enter, x, op), op, stride=stride, padding=1, groups=groups)
+            x = F.silu(norm(bn1, x))
+            if op == "t":
+                x = attention2d(x, state[middle + ".weight"], 64, official=True)
+            else:
+                x = layer(middle, x, op, padding=1)
+            x = norm(bn3, layer(leave, F.silu(norm(bn2, x)), op))
+            if op != "t":
+                gate = layer(at + "se.fc2", F.relu(layer(at + "se.fc1", x.mean((2, 3), keepdim=True))))
+                x = x * gate.sigmoid()
+            x = F.silu(x + shortcut)
+    heads = [name for name in ("fc", "dist_head") if name + ".weight" in state]
+    x = x.mean((2, 3))
+    return sum(F.linear(x, state[name + ".weight"], state[name + ".bias"]) for name in heads) / len(heads)
+
+
+@pytest.mark.parametrize(
+    "arch, form, distilled, count", [(V3, "PS", True, 31_418_160), (V4, "Q", False, 29_909_040 - 2_049_000)]
+)
+def test_an_official_checkpoint_is_converted_completely(arch, form, distilled, count, tmp_path):
+    state = official_state(arch, form, distilled)
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    assert sum(t.numel() for name, t in state.items() if not name.endswith(buffers)) == count
+    torch.save({"model": state, "epoch": 299, "args": argparse.Namespace(lr=1)}, tmp_path / "official.pth")
+    flags = ["--space", "bossnet_t0", "--arch", arch, "--convert", str(tmp_path / "official.pth")]
+    train.main([*flags, "--out", str(tmp_path)])
+    network, config, space, _ = train.read_network(tmp_path / f"{arch.replace('/', '-')}.pt")
+    assert (config.shift_form, config.one_head, space.official_attention) == (form, not distilled, True)
+    x = torch.rand(2, 3, 64, 64, generator=rng())
+    expected = official_logits(state, arch, x)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-4 * expected.std().item())
+
+
+def test_missing_surplus_and_misshapen_tensors_are_named(tmp_path):
+    state = official_state(V3, "Q")
+    flags = ["--space", "bossnet_t0", "--arch", V3, "--out", str(tmp_path), "--convert", f"{tmp_path}/x.pth"]
+    for change, message in (
+        (lambda s: [s.pop(name) for name in list(s)[:7]], r"lacks 7 tensors: conv1.weight, .*, \.\.\.$"),
+        (lambda s: s.update(more=torch.zeros(1)), "has, beyond the network, 1 tensors: more$"),
+        (lambda s: s.update({"fc.bias": torch.zeros(7)}), "has in another shape 1 tensors: fc.bias$"),
+    ):
+        changed = dict(state)
+        change(changed)
+        torch.save(changed, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match=message):
+            train.main(flags)
+    (tmp_path / "x.pth").write_bytes(pickle.dumps({"model": Malice()}))
+    with pytest.raises(ValueError, match="not a checkpoint of tensors"):
+        train.main(flags)
+
+
+def test_a_trained_network_is_evaluated_and_gone_on_from_at_another_size(tiny_data, tmp_path, capsys):
+    flags = ["--data", str(tiny_data), "--arch", "ca/st/ac", "--batch", "30", "--epochs", "1", "--out"]
+    train.main([*flags, str(tmp_path / "a")])
+    reached = re.search(r"test_accuracy [\d.]+", capsys.readouterr().out)[0]
+    train.main(["--evaluate", str(tmp_path / "a" / "ca-st-ac.pt"), "--data", str(tiny_data)])
+    assert f"{reached} | 40 images of side 28" in capsys.readouterr().out
+    train.main([*flags, str(tmp_path / "b"), "--init", str(tmp_path / "a" / "ca-st-ac.pt"), "--image", "32"])
+    train.main(["--benchmark", "--image", "16", "--batch", "4"])
+    assert re.search(r"fashion supernet at 16, 1 x 4 images .* peak \d+ MiB", capsys.readouterr().out)
+    with pytest.raises(ValueError, match="made with --one-head False, this run asks for True"):
+        train.main([*flags, str(tmp_path / "c"), "--init", str(tmp_path / "a" / "ca-st-ac.pt"), "--one-head"])
+
+
+def test_a_compiled_network_has_the_losses_of_the_plain_one(tiny_data, tmp_path, monkeypatch):
+    compile_ = torch.nn.Module.compile  # the graphs without their minutes of code generation
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compile_(network, backend="aot_eager"))
+    flags = ["--data", str(tiny_data), "--arch", "ca/sc/ac", "--batch", "30", "--epochs", "1", "--out"]
+    train.main([*flags, str(tmp_path / "plain")])
+    train.main([*flags, str(tmp_path / "compiled"), "--compile"])
+    plain, compiled = (losses(tmp_path / name / "ca-sc-ac.jsonl") for name in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-3) and len(plain) == 3
+
+
 def test_recalibration_gives_the_statistics_of_the_training_images():
     data, network = train.load_data("", FASHION), build(FASHION, "cc/cc/cc")
     train.recalibrate(network, data, images=64)
@@ -1467,6 +1804,103 @@ def test_augmentation_shifts_and_mirrors_and_keeps_the_rest():
     assert y.shape == x.shape and set(y.unique().tolist()) <= set(x.unique().tolist()) | {0.0}
     centres = {tuple(image[0, 14, 13:15].tolist()) for image in y}
     assert len(centres) > 20 and any(a > b for a, b in centres) and any(a < b for a, b in centres)
+
+
+def test_crops_are_affine_parts_and_mirrors():
+    ramp = torch.linspace(-1, 1, 65)[1:] - 1 / 64  # each pixel holds its place
+    x = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij")).expand(200, 2, 64, 64)
+    y = train.random_crop(x, 32, 0.1, rng())
+    down, right = (y[:, c].diff(dim=d)[:, 8:24, 8:24].mean((1, 2)) * 16 for c, d in ((0, 1), (1, 2)))
+    area, ratio = down * right.abs(), right.abs() / down  # shares of the sides
+    assert y.shape == (200, 2, 32, 32) and y.abs().max() <= 1
+    assert 0.09 < area.min() < 0.2 and 0.9 < area.max() < 1.01 and 70 < (right < 0).sum() < 130
+    assert 0.7 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.4
+    assert train.fit(x[:1], 64) is not None and train.fit(x[:1], 64).equal(x[:1])
+    centre = train.fit(x[:1].abs(), 56)
+    torch.testing.assert_close(centre, x[:1, :, 4:60, 4:60].abs(), atol=1e-5, rtol=0)
+
+
+def test_each_change_of_randaugment_does_what_it_says():
+    x = torch.rand(3, 3, 32, 32, generator=rng())
+    none = torch.zeros(3, 1, 1, 1)
+    for number, change in enumerate(train.RANDAUGMENT):
+        y = change(x, none + 0.9).clamp(0, 1)
+        assert y.shape == x.shape and torch.isfinite(y).all() and not torch.allclose(y, x), number
+        if number < 8:  # a level of zero changes nothing
+            torch.testing.assert_close(change(x, none), x, atol=1e-5, rtol=0)
+    turn, _, _, move, *_ = train.RANDAUGMENT
+    torch.testing.assert_close(turn(x, none + math.pi / 2 / 0.52), x.rot90(1, (2, 3)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(move(x, none + 1 / 0.9)[..., :15], x[..., 16:31], atol=1e-4, rtol=0)
+    changed = (train.rand_augment(x.repeat(100, 1, 1, 1), 9, rng()) != x.repeat(100, 1, 1, 1)).any((1, 2, 3))
+    assert 0.65 < changed.float().mean() < 0.85  # two chances of a half
+
+
+def test_mixed_images_and_labels_have_the_same_shares_and_erasing_is_noise():
+    x = torch.stack([torch.zeros(3, 16, 16), torch.ones(3, 16, 16)])
+    y, generator = torch.eye(2), rng()
+    for settings in ((0.8, 0.0), (0.0, 1.0), (0.8, 1.0)):
+        for _ in range(20):
+            mixed, labels = train.mix(x, y, *settings, generator)
+            torch.testing.assert_close(mixed.mean((1, 2, 3)), labels[:, 1])
+            torch.testing.assert_close(labels.sum(1), torch.ones(2))
+            assert settings[0] or set(mixed.unique().tolist()) <= {0.0, 1.0}
+    erased = train.erase(torch.full((400, 1, 32, 32), 9.0), 0.25, generator) != 9
+    share = erased.float().mean((1, 2, 3))
+    assert 0.18 < (share > 0).float().mean() < 0.32 and 0.01 < share[share > 0].min() and share.max() < 0.36
+
+
+def test_repeated_images_go_to_different_passes_of_a_step(tiny_data):
+    config = train.Config(repeats=3, accumulate=3, batch=10, device="cpu")
+    data = train.load_data(tiny_data, FASHION, config)
+    rows = data.epoch(30, rng())
+    assert rows.shape == (3, 30) and all(count == 3 for count in Counter(rows.flatten().tolist()).values())
+    for step in rows:
+        parts = [set(step[i::3].tolist()) for i in range(3)]
+        assert parts[0] == parts[1] == parts[2] and len(parts[0]) == 10
+
+
+def test_cifar_images_enter_at_224_pixels_as_their_enlarged_centre(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
+    for file in ("train", "test"):
+        batch = {b"data": rows, b"fine_labels": list(range(10)) * 2}
+        (tmp_path / file).write_bytes(pickle.dumps(batch, protocol=4))
+    data = train.load_data(tmp_path, HYTRA, train.Config(crop=0.08, batch=2, device="cpu"))
+    x, y = data.view(data.test, np.arange(3))
+    image = torch.from_numpy(rows[:3].reshape(3, 3, 32, 32)).float()[..., 2:30, 2:30] / 255
+    expected = F.interpolate(image, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+    torch.testing.assert_close(x * data.std + data.mean, expected, atol=1e-5, rtol=0)
+    assert data.batch(torch.arange(4), rng())[0].shape == (4, 3, 224, 224)
+
+
+def test_the_recipes_of_images_have_the_published_schedule():
+    imagenet = 1_281_167
+    for space, images, peak in (
+        ("hytra", 50_000, 1e-3), ("bossnet_t0", imagenet, 1e-3), ("bossnet_t1", imagenet, 8.75e-4)
+    ):
+        config = train.parse(train.Config, "", ["--space", space])
+        per_epoch = images // (config.batch * config.accumulate)
+        steps = [round(epoch * per_epoch) for epoch in (0, 5, 152.5, 300)]
+        rates = [train.learning_rate(config, step, per_epoch) for step in steps]
+        assert rates == pytest.approx([peak / config.warmup, peak, (peak + 1e-5) / 2, 1e-5], rel=0.01)
+        assert peak == 5e-4 * config.batch * config.accumulate / 512 and config.epochs == 300
+
+
+def test_the_documented_snippet_makes_arrays_of_jpeg_folders(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    snippet = (ROOT / "results" / "scale.md").read_text().split("```python\n")[1].split("```")[0]
+    for split in ("train", "val"):
+        for number, name in enumerate(("n01", "n02")):
+            (tmp_path / "jpeg" / split / name).mkdir(parents=True)
+            for i in range(9):
+                picture = image.new("RGB", (300 + 40 * number, 280), (100 * number, 50, 200))
+                picture.save(tmp_path / "jpeg" / split / name / f"{i}.jpeg")
+    monkeypatch.setattr(sys, "argv", ["arrays.py", str(tmp_path / "jpeg"), str(tmp_path / "arrays")])
+    exec(snippet, {})
+    data = train.load_data(tmp_path / "arrays", replace(HYTRA, image=224))
+    x, y = data.view(data.test, np.arange(18))
+    assert x.shape == (18, 3, 224, 224) and isinstance(data.train.images, np.memmap)
+    red = (x * data.std + data.mean)[:, 0].mean((1, 2)) * 255
+    torch.testing.assert_close(red, 100.0 * y, atol=3, rtol=0)
 
 
 def test_embedded_splits_are_disjoint_and_balanced():
@@ -1582,6 +2016,12 @@ BAD_FLAGS = [
     ("--device nowhere", "nowhere"),
     ("--beam 3", "--beam is for translation"),
     ("--recipe nothing", "--recipe 'nothing' is unknown"),
+    ("--space translation --mixup 0.8", "--mixup is for images, not for space translation"),
+    ("--ema 1", "--ema must be below 1"),
+    ("--compile", "--compile needs --arch"),
+    ("--convert x.pth", "--convert needs --space bossnet_t0"),
+    ("--evaluate x.pt", "x.pt does not exist"),
+    ("--teacher x.ts", "--teacher x.ts is no network for these images"),
     ("--space translation --arch cc/cc/cc", "needs 'encoder'"),
     ("--space translation --sharing naive", "sharing 'naive' is not for translation"),
     ("--space translation --bpe many", "--bpe 'many' must be a number"),
@@ -1881,7 +2321,6 @@ def test_names_beyond_ascii_and_with_spaces_are_names(tiny_data, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ cost_model.py
-V3, V4 = "cc/cccc/sctaa/ttctt", "cc/cscc/sctss/ttctt"
 
 # distinct layers: count op batch kernel stride in_h in_c out_h out_c groups energy_mj latency_ms (square)
 T0_MIX_V3_224 = """
@@ -2056,6 +2495,12 @@ def test_published_counts_energy_split_and_macs():
         own = [layer for layer in layers if layer.op == op]
         assert network_cost(own, pe_limit=168).energy_mj == pytest.approx(float(energy_mj), abs=5.1e-4)
         assert operations(own)["macs"] / 1e9 == pytest.approx(float(giga_macs), abs=5.1e-4)
+
+
+@pytest.mark.parametrize("space, arch", itertools.product(("bossnet_t0", "bossnet_t1"), (V3, V4)))
+def test_published_networks_have_their_macs(space, arch):
+    published = {"bossnet_t0": 3.747, "bossnet_t1": 6.403}[space]
+    assert operations(network_layers(space, arch))["macs"] / 1e9 == pytest.approx(published, abs=5.1e-4)
 
 
 def test_the_array_limit_changes_the_published_latency():

@@ -6,6 +6,9 @@
     python train.py --space cifar10 --data cifar-10-batches-py      another data set
     python train.py --space translation                   Transformers -> out/translation/supernet.pt
     python train.py --translate net.pt                    translates standard input, line by line
+    python train.py --evaluate net.pt --data FOLDER       a network's accuracy on the test images
+    python train.py --convert official.pth --space bossnet_t0 --arch cc/cccc/sctaa/ttctt    official weights
+    python train.py --benchmark --space hytra --image 64 --batch 16      time and memory of its steps
     torchrun --nproc-per-node 2 train.py --accumulate 2   two processes, each with its GPU if there are some
 
 Each step draws one arch uniformly (single path, as the official code does) and minimises
@@ -14,8 +17,17 @@ Each step draws one arch uniformly (single path, as the official code does) and 
 
 Data: the embedded grey Fashion-MNIST (5,000 training, 1,000 validation, 2,000 test images), or --data with a
 folder of IDX files, of the official CIFAR python batches, or of {train,test}_{images,labels}.npy (uint8
-images N,H,W or N,H,W,C; val_* optional, else a sixth of the training images). Run again with --resume after
-an interruption: the losses are those of an uninterrupted run. Every run logs to <out>/<name>.jsonl.
+images N,H,W or N,H,W,C; val_* optional, else a sixth of the training images), memory-mapped, so ImageNet fits
+too (results/scale.md has the 20 lines that make them from JPEG files). Images of another side than the
+network's are resized: their central 7/8, but random parts with --crop. Run again with --resume after an
+interruption: the losses are those of an uninterrupted run. Every run logs to <out>/<name>.jsonl.
+
+The recipes of `hytra` and `bossnet_*` are the official ones, 300 epochs with crops, RandAugment, mixup,
+cutmix and erasing, but: the first epochs train (theirs step at 1e-6); test images are normalised as training
+images (theirs with other constants on CIFAR); a supernet is judged by fixed archs with statistics of their
+own (theirs by random ones with shared statistics); crops are bilinear; RandAugment lacks equalise and
+sharpen; drop-path, which their networks ignore, is left out; the network that is returned is the --ema
+average (theirs keeps it, unused). They are written for 8 GPUs: `accumulate` passes of `batch` images a step.
 """
 
 import argparse
@@ -33,23 +45,25 @@ import time
 import zipfile
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from shiftaddnas import EOS, PAD, SHARING, UNK, Supernet, TokenSpace, Translator, build, find_space
 
 
 def flag(default, text, **limits):
-    """A dataclass field that becomes a flag; limits: low (inclusive), above (exclusive), choices; only: the
-    kind of space, "translation", that it belongs to."""
+    """A dataclass field that becomes a flag; limits: low (inclusive), above (exclusive), below (exclusive),
+    choices; only: the kind of space, "translation" or "images", that it belongs to."""
     return field(default=default, metadata={"help": text, **limits})
 
 
@@ -64,16 +78,45 @@ class Config:
     kl_weight: float = flag(0.01, "weight of the divergences of shared weights", low=0)
     kl: str = flag("density", "their form", choices=("density", "official"))
     sampling: str = flag("fair", "archs of an image batch", choices=("fair", "single"))
+    shift_form: str = flag(
+        "Q", "of shifts that share no weight: Q rounds one, PS has exponent and sign", choices=("Q", "PS")
+    )
+    official_attention: bool = flag(False, "attention as published weights expect it (D1)", only="images")
+    one_head: bool = flag(False, "bossnet_*: no second classifier for --teacher", only="images")
+    image: int = flag(0, "side of the images that enter the network; 0: the space's", low=0, only="images")
+    classes: int = flag(0, "number of classes; 0: the space's", low=0, only="images")
     data: str = flag("", "folder of another data set (default: the embedded Fashion-MNIST)")
     epochs: int = flag(7, "passes over the training data", low=1)
     batch: int = flag(100, "images or sentences of a forward pass", low=2)
     accumulate: int = flag(1, "forward passes a step, all with one arch, shared by the processes", low=1)
+    arch_per_pass: bool = flag(
+        False, "each of these passes draws an arch, as each official GPU does: a step trains more cells, but "
+        "each on 1 / --accumulate of the images"
+    )
     lr: float = flag(4e-3, "peak learning rate of AdamW", above=0)
     schedule: str = flag("cosine", "of the learning rate after warm-up", choices=("cosine", "inverse-sqrt"))
+    final_lr: float = flag(0.0, "learning rate at the end of the cosine", low=0)
     warmup: int = flag(0, "steps of linear warm-up; 0: an epoch", low=0)
     beta2: float = flag(0.999, "AdamW's second moment", low=0)
     weight_decay: float = flag(0.05, "AdamW decay of weights with more than one dimension", low=0)
     smoothing: float = flag(0.0, "label smoothing", low=0)
+    crop: float = flag(
+        0.0, "random parts of at least this share of images; 0: shifts by 1/14", low=0, below=1, only="images"
+    )
+    randaugment: float = flag(0.0, "magnitude, up to 10, of two random changes", low=0, only="images")
+    erasing: float = flag(0.0, "share of images with a box of noise", low=0, only="images")
+    mixup: float = flag(0.0, "mixes images with Beta(a, a) of this a", low=0, only="images")
+    cutmix: float = flag(0.0, "the same with boxes; both: a coin a batch", low=0, only="images")
+    repeats: int = flag(1, "copies of an image a step, of fewer images", low=1, only="images")
+    ema: float = flag(0.0, "decay of the average of the weights; 0: none", low=0, below=1)
+    teacher: str = flag(
+        "", "file of TorchScript or (.pt2) torch.export: images in [0, 1] -> logits. Half of the loss is the "
+        "cross-entropy of its class", only="images"
+    )
+    amp: bool = flag(False, "forward passes in bfloat16 (autocast)")
+    checkpointing: bool = flag(False, "less memory: blocks run again in the backward pass", only="images")
+    channels_last: bool = flag(False, "memory order of the images", only="images")
+    compile: bool = flag(False, "torch.compile of the network of --arch")
     dropout: float = flag(0.0, "of a block of full width", low=0, only="translation")
     bits: int = flag(0, "quantise to so many bits; 0: not", low=0, only="translation")
     bpe: str = flag("2000", "byte pairs to merge; none: words, for text in pieces", only="translation")
@@ -81,11 +124,14 @@ class Config:
     beam: int = flag(4, "hypotheses a sentence in decoding", low=1, only="translation")
     length_penalty: float = flag(0.6, "score / length ** this", low=0, only="translation")
     seed: int = flag(0, "seed of initialisation, images and archs", low=0)
-    init: str = flag("", "with --arch: start from this supernet checkpoint")
+    init: str = flag("", "with --arch: start from this checkpoint, of a supernet or of the network")
     out: str = flag("out", "output folder")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
     resume: bool = flag(False, "continue an interrupted run")
     translate: str = flag("", "no training: checkpoint of a network that translates standard input")
+    evaluate: str = flag("", "no training: checkpoint of a network that is tested")
+    convert: str = flag("", "no training: official checkpoint of --arch, made one of this program")
+    benchmark: bool = flag(False, "no training: times a few steps and the loading of random images")
 
 
 WMT = {"schedule": "cosine", "lr": 1e-3, "warmup": 10000, "beta2": 0.98, "weight_decay": 0.0}
@@ -93,10 +139,16 @@ WMT |= {"smoothing": 0.1, "dropout": 0.3, "bpe": "none", "epochs": 135, "batch":
 WMT |= {"bits": 8}
 IWSLT = WMT | {"schedule": "inverse-sqrt", "lr": 5e-4, "weight_decay": 1e-4, "dropout": 0.375, "epochs": 45}
 IWSLT |= {"accumulate": 1, "bits": 0, "beam": 5, "length_penalty": 1.0}
+IMAGES = {"epochs": 300, "batch": 128, "accumulate": 8, "lr": 1e-3, "final_lr": 1e-5, "smoothing": 0.1}
+IMAGES |= {"crop": 0.08, "randaugment": 9, "mixup": 0.8, "cutmix": 1.0, "erasing": 0.25, "repeats": 3}
+BOSSNET = IMAGES | {"warmup": 6255, "ema": 0.99996}  # 5 epochs of ImageNet
 RECIPES = {  # name -> settings that replace the defaults of train.py and search.py
     "translation": {"schedule": "inverse-sqrt", "beta2": 0.98, "weight_decay": 0.0, "smoothing": 0.1}
     | {"epochs": 4, "batch": 32, "lr": 2e-3, "out": "out/translation"}
     | {"budget": 0.75, "finalists": 2, "supernet_epochs": 8},
+    "hytra": IMAGES | {"warmup": 240},  # 5 epochs of CIFAR-100
+    "bossnet_t0": BOSSNET,
+    "bossnet_t1": BOSSNET | {"batch": 112, "lr": 8.75e-4, "warmup": 7150},
     "wmt14_en_de": WMT,  # official supernet: 8 GPUs x 16 passes of 4,096 tokens a step, 40,000 steps
     "wmt14_en_de-subnet": WMT | {"warmup": 4000, "bits": 0},
     "wmt14_en_fr": WMT,
@@ -136,9 +188,22 @@ def parse(config_class, manual, argv=None, hidden=()):
     config = config_class(**preset | given)
     for f in fields(config_class):
         check_flag(f, getattr(config, f.name))
-        if f.name in given and f.metadata.get("only") and not isinstance(space, TokenSpace):
-            raise ValueError(f"--{f.name.replace('_', '-')} is for translation, not for space {space.name}")
+        own = "translation" if isinstance(space, TokenSpace) else "images"
+        if f.name in given and f.metadata.get("only", own) != own:
+            only = f.metadata["only"]
+            raise ValueError(f"--{f.name.replace('_', '-')} is for {only}, not for space {space.name}")
     return config
+
+
+def space_of(config):
+    """The search space as the flags change it."""
+    space = find_space(config.space)
+    if isinstance(space, TokenSpace):
+        return space
+    return replace(
+        space, image=config.image or space.image, classes=config.classes or space.classes,
+        distilled=space.distilled and not config.one_head, official_attention=config.official_attention,
+    )
 
 
 def check_flag(f, value):
@@ -150,6 +215,8 @@ def check_flag(f, value):
         raise ValueError(f"{name} must be at least {limits['low']}, got {value}")
     if "above" in limits and not (value > limits["above"] and math.isfinite(value)):
         raise ValueError(f"{name} must be above {limits['above']}, got {value}")
+    if "below" in limits and value >= limits["below"]:
+        raise ValueError(f"{name} must be below {limits['below']}, got {value}")
 
 
 def check_device(name):
@@ -242,22 +309,25 @@ class Split(NamedTuple):
     labels: np.ndarray
     index: np.ndarray
 
-    def batch(self, rows):
+    def batch(self, rows, device="cpu"):
         """Rows of the split -> x (B, C, H, W) float in [0, 1], y (B,) int64."""
         rows = self.index[rows]
-        x = torch.from_numpy(np.ascontiguousarray(self.images[rows]))
+        x = torch.from_numpy(np.ascontiguousarray(self.images[rows])).to(device)
         x = x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
-        return x.float() / 255, torch.from_numpy(self.labels[rows].astype(np.int64))
+        return x.float() / 255, torch.from_numpy(self.labels[rows].astype(np.int64)).to(device)
 
 
 class Data(NamedTuple):
-    """Three splits and the normalisation."""
+    """Three splits, the normalisation, and how images are prepared."""
 
     train: Split
     val: Split
     test: Split
     mean: torch.Tensor  # (C, 1, 1) of the training images
     std: torch.Tensor
+    side: int  # of the images that enter the network
+    classes: int
+    recipe: Config
 
     def describe(self):
         """What a checkpoint keeps of the data."""
@@ -269,24 +339,48 @@ class Data(NamedTuple):
 
     def epoch(self, batch, generator):
         """Rows of each step of an epoch, (steps, batch), in a new order."""
-        n = self.size()
+        n, repeats = self.size(), self.recipe.repeats
         batch = min(batch, n)
-        return torch.randperm(n, generator=generator)[: n // batch * batch].view(-1, batch)
+        rows = torch.randperm(n, generator=generator)[: -(-n // repeats)].repeat_interleave(repeats)
+        return rows[: n // batch * batch].view(-1, batch)
+
+    def normalise(self, x):
+        """Images in [0, 1] as the network takes them."""
+        return (x - self.mean.to(x.device)) / self.std.to(x.device)
+
+    def view(self, split, rows, device="cpu"):
+        """x and labels of some rows as an evaluation sees them."""
+        x, y = split.batch(rows, device)
+        return self.normalise(fit(x, self.side)), y
 
     def batch(self, rows, generator):
-        """Augmented x (B, C, H, W) and labels of some training rows."""
-        x, y = self.train.batch(rows.numpy())
-        return augment((x - self.mean) / self.std, generator), y
+        """Augmented x (B, C, side, side) and labels of some training rows, on the recipe's device; labels are
+        probabilities (B, classes) if images are mixed."""
+        recipe = self.recipe
+        x, y = self.train.batch(rows.numpy(), recipe.device)
+        if recipe.crop:
+            x = random_crop(x, self.side, recipe.crop, generator)
+        x = fit(x, self.side)
+        if recipe.randaugment:
+            x = rand_augment(x, recipe.randaugment, generator)
+        x = self.normalise(x)
+        if not recipe.crop:
+            x = augment(x, generator)
+        if recipe.erasing:
+            x = erase(x, recipe.erasing, generator)
+        if recipe.mixup or recipe.cutmix:
+            x, y = mix(x, F.one_hot(y, self.classes).float(), recipe.mixup, recipe.cutmix, generator)
+        return x, y
 
 
 def load(config, space):
     """Images or sentences, as the space asks for."""
     if isinstance(space, TokenSpace):
         return load_sentences(config)
-    return load_data(config.data, space)
+    return load_data(config.data, space, config)
 
 
-def load_data(path, space):
+def load_data(path, space, config=None):
     """Splits of a data set that fits the space, or ValueError that says which file or value does not."""
     folder = Path(path) if path else Path(__file__).parent / "data"
     if not folder.is_dir():
@@ -311,19 +405,25 @@ def load_data(path, space):
     train = Split(*train, order)
     if min(len(train.index), len(val.index), len(test.index)) < 2:
         raise ValueError(f"{folder}: needs at least 12 training and 2 test images")
-    sample, _ = train.batch(np.arange(min(5000, len(order))))
+    return make_data(train, val, test, space, config or Config())
+
+
+def make_data(train, val, test, space, config):
+    """Data with mean and deviation of the first 5,000 training images, or of 64 million values."""
+    count = min(5000, len(train.index), max(1, 2**26 // train.images[0].size))
+    sample, _ = train.batch(np.arange(count))
     mean, std = sample.mean((0, 2, 3)).view(-1, 1, 1), sample.std((0, 2, 3)).view(-1, 1, 1)
-    return Data(train, val, test, mean, std.clamp_min(1e-3))
+    return Data(train, val, test, mean, std.clamp_min(1e-3), space.image, space.classes, config)
 
 
 def check_images(folder, name, images, labels, space):
     """ValueError unless images and labels of one split fit each other and the space."""
-    shape, side = images.shape[1:], space.image
-    wanted = (side, side) if space.in_channels == 1 else (side, side, space.in_channels)
-    if shape != wanted or images.dtype != np.uint8:
+    shape, channels = images.shape[1:], () if space.in_channels == 1 else (space.in_channels,)
+    if images.ndim < 3 or shape != (shape[0], shape[0], *channels) or images.dtype != np.uint8:
+        wanted = "x".join(map(str, (space.image, space.image, *channels)))
         raise ValueError(
             f"{folder}: {name} images are {'x'.join(map(str, shape))} {images.dtype}; "
-            f"space {space.name} takes {'x'.join(map(str, wanted))} uint8"
+            f"space {space.name} takes {wanted}, or another square, uint8"
         )
     if len(images) != len(labels):
         raise ValueError(f"{folder}: {len(images)} {name} images but {len(labels)} labels")
@@ -418,6 +518,136 @@ def augment(x, generator):
     columns = torch.where(torch.rand(n, 1, generator=generator) < 0.5, columns.flip(1), columns)
     image, channel = torch.arange(n)[:, None, None, None], torch.arange(c)[:, None, None]
     return padded[image, channel, rows, columns[:, None, None, :]]
+
+
+# --------------------------------------------------------------------------------------- augmentation
+
+
+def fit(x, side):
+    """Images of another side: their central 7/8, resized (bicubic), as the official test images are."""
+    if x.shape[-1] == side:
+        return x
+    edge = x.shape[-1] // 16
+    x = x[..., edge : x.shape[-1] - edge, edge : x.shape[-1] - edge]
+    return F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp_(0, 1)
+
+
+def sample_at(x, rows, side, padding):
+    """x (B, C, H, W) at the places `rows`, two lists (x, y) of three numbers or tensors (B,), gives to the
+    output (x, y, 1), both from -1 to 1: (B, C, side, side), bilinear; "border" or "zeros" outside."""
+    rows = [torch.stack([torch.as_tensor(v).expand(len(x)) for v in row], 1) for row in rows]
+    theta = torch.stack(rows, 1).to(x)
+    grid = F.affine_grid(theta, (*x.shape[:2], side, side), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode=padding, align_corners=False)
+
+
+def uniform(count, low, high, generator):
+    """`count` numbers between low and high."""
+    return torch.rand(count, generator=generator) * (high - low) + low
+
+
+def box_sizes(count, areas, ratio, generator):
+    """(height, width) of random boxes, shares of the sides: areas uniform, aspect log-uniform."""
+    area, log = uniform(count, *areas, generator), math.log(ratio)
+    root = uniform(count, -log, log, generator).div(2).exp()
+    return (area.sqrt() / root).clamp_max(1), (area.sqrt() * root).clamp_max(1)
+
+
+def random_crop(x, side, least, generator):
+    """A random part of each image, `least` to all of its area, 3/4 to 4/3 wide, resized; half of them
+    mirrored."""
+    height, width = box_sizes(len(x), (least, 1.0), 4 / 3, generator)
+    down, right = ((1 - size) * uniform(len(x), -1, 1, generator) for size in (height, width))
+    mirror = torch.where(torch.rand(len(x), generator=generator) < 0.5, -1.0, 1.0)
+    return sample_at(x, [[width * mirror, 0.0, right], [0.0, height, down]], side, "border")
+
+
+def grey(x):
+    """Mean over the channels."""
+    return x.mean(1, keepdim=True)
+
+
+def geometric(rows):
+    """A change of place, grey where there was no image; rows(level) as sample_at takes them."""
+    return lambda x, m: sample_at(x - 0.5, rows(m.flatten()), x.shape[-1], "zeros") + 0.5
+
+
+def levels(x, bits):
+    """x rounded down to a grid of so many bits."""
+    return (x * 2**bits).floor() / 2**bits
+
+
+def stretch(x):
+    """Each channel from 0 to 1."""
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return (x - low) / (high - low).clamp_min(1 / 255)
+
+
+RANDAUGMENT = (  # (x in [0, 1], level m (B, 1, 1, 1) in -1 .. 1); sizes as timm's increasing set
+    geometric(lambda m: [[(m * 0.52).cos(), -(m * 0.52).sin(), 0], [(m * 0.52).sin(), (m * 0.52).cos(), 0]]),
+    geometric(lambda m: [[1, 0.3 * m, 0], [0, 1, 0]]),
+    geometric(lambda m: [[1, 0, 0], [0.3 * m, 1, 0]]),
+    geometric(lambda m: [[1, 0, 0.9 * m], [0, 1, 0]]),
+    geometric(lambda m: [[1, 0, 0], [0, 1, 0.9 * m]]),
+    lambda x, m: x * (1 + 0.9 * m),  # brightness
+    lambda x, m: x + 0.9 * m * (x - grey(x).mean((2, 3), keepdim=True)),  # contrast
+    lambda x, m: x + 0.9 * m * (x - grey(x)),  # colour
+    lambda x, m: levels(x, 4 - (4 * m.abs()).floor()),  # posterise
+    lambda x, m: torch.where(x >= 1 - m.abs(), 1 - x, x),  # solarise
+    lambda x, m: torch.where(x < 0.5, x + 0.43 * m.abs(), x),  # solarise-add
+    lambda x, m: 1 - x,
+    lambda x, m: stretch(x),
+)
+
+
+def rand_augment(x, magnitude, generator):
+    """Twice, for each image with probability 1/2, one of RANDAUGMENT at a level of N(magnitude, 0.5) / 10."""
+    x, count = x.clone(), len(RANDAUGMENT)
+    for _ in range(2):
+        kind = torch.randint(2 * count, (len(x),), generator=generator)
+        level = (magnitude + 0.5 * torch.randn(len(x), generator=generator)).clamp_(0, 10) / 10
+        level *= torch.where(torch.rand(len(x), generator=generator) < 0.5, -1.0, 1.0)
+        level = level.to(x).view(-1, 1, 1, 1)
+        for number, change in enumerate(RANDAUGMENT):
+            rows = (kind == number).nonzero().flatten().to(x.device)
+            if len(rows):
+                x[rows] = change(x[rows], level[rows]).clamp_(0, 1)
+    return x
+
+
+def boxes(height, width, side, generator):
+    """Masks (B, 1, side, side) of boxes anywhere in the image; sizes (B,) are shares of the side."""
+    masks = []
+    for size in (height, width):
+        start = (1 - size) * torch.rand(len(size), generator=generator)
+        place = (torch.arange(side) + 0.5) / side
+        masks.append((place >= start[:, None]) & (place < (start + size)[:, None]))
+    return (masks[0][:, :, None] & masks[1][:, None, :]).unsqueeze(1)
+
+
+def erase(x, share, generator):
+    """Noise N(0, 1) in a box of 2 to 33 % of a share of the images."""
+    mask = boxes(*box_sizes(len(x), (0.02, 1 / 3), 10 / 3, generator), x.shape[-1], generator)
+    mask &= (torch.rand(len(x), generator=generator) < share).view(-1, 1, 1, 1)
+    seed = int(torch.randint(2**31, (), generator=generator))
+    noise = torch.randn(x.shape, device=x.device, generator=torch.Generator(x.device).manual_seed(seed))
+    return torch.where(mask.to(x.device), noise, x)
+
+
+def mix(x, y, mixup, cutmix, generator):
+    """(x, y) of a batch mixed with its reverse, y (B, classes): l x + (1 - l) x' with l from Beta(a, a), or a
+    box of x' of the share 1 - l in x (cutmix); if both are wanted a coin decides."""
+    cut = cutmix and not (mixup and torch.rand((), generator=generator) < 0.5)
+    seed = int(torch.randint(2**31, (), generator=generator))
+    share = np.random.default_rng(seed).beta(*[cutmix if cut else mixup] * 2)
+    if cut:
+        size = torch.tensor([math.sqrt(1 - share)])
+        mask = boxes(size, size, x.shape[-1], generator)
+        share = 1 - mask.float().mean().item()
+        x = torch.where(mask.to(x.device), x.flip(0), x)
+    else:
+        x = share * x + (1 - share) * x.flip(0)
+    return x, share * y + (1 - share) * y.flip(0)
 
 
 # ------------------------------------------------------------------------------------------- sentences
@@ -685,15 +915,101 @@ def load_checkpoint(path, **expected):
 
 def load_supernet(path, space):
     """The supernet of a checkpoint, in evaluation mode."""
-    state = load_checkpoint(path, space=space.name, arch="")
-    trained = Config(**state["config"])
-    if isinstance(space, TokenSpace):
-        size = len(Vocabulary(**state["vocabulary"]))
-        supernet = Translator(space, size, None, trained.sharing, 0, trained.dropout, trained.bits)
-    else:
-        supernet = Supernet(space, trained.sharing)
-    supernet.load_state_dict(state["model"])
-    return supernet.eval()
+    return load_model(load_checkpoint(path, space=space.name, arch=""), space, path)
+
+
+def load_model(state, space, path):
+    """The supernet or network of a checkpoint dict, in evaluation mode; the average of --ema if there is one.
+    """
+    data = Sentences(Vocabulary(**state["vocabulary"]), [], [], []) if "vocabulary" in state else None
+    model = make_model(Config(**state["config"]), space, data, state["arch"])
+    average = {name.removeprefix("module."): t for name, t in state.get("average", {}).items()}
+    average.pop("n_averaged", None)
+    fill(model.state_dict(), average or state["model"], path)
+    return model.eval()
+
+
+@torch.no_grad()
+def fill(own, tensors, path):
+    """Copies tensors by name into a state dict; ValueError, naming the first five, if some are missing, left
+    over or of another shape."""
+    for what, names in (
+        ("lacks", [name for name in own if name not in tensors]),
+        ("has, beyond the network,", [name for name in tensors if name not in own]),
+        ("has in another shape", [n for n in own if n in tensors and own[n].shape != tensors[n].shape]),
+    ):
+        if names:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            raise ValueError(f"{path} {what} {len(names)} tensors: {shown}")
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+OFFICIAL_NAMES = {  # of the parts of a block: ours -> those of its Res classes and of its attention block
+    "conv1": ("conv1", "proj.0"),
+    "peg": ("peg.conv", "proj.1.conv"),
+    "bn": ("bn1", "proj.2"),
+    "shortcut": ("downsample", "shortcut"),
+    "middle": ("conv2", "net.1.to_qkv"),
+    "bn2": ("bn2", "net.2"),
+    "conv3": ("conv3", "net.4"),
+    "bn3": ("bn3", "net.5"),
+    "gate.reduce": ("se.fc1", ""),
+    "gate.expand": ("se.fc2", ""),
+    "stem.0": ("conv1", ""),
+    "stem.1": ("bn1", ""),
+    "head.fc": ("fc", ""),
+    "head.distilled": ("dist_head", ""),
+}
+
+
+def official_tensors(network):
+    """The tensors of a retraining network under their official names, exponent and sign of a PS shift apart.
+    Source: CV/retraining_hybrid, boss_models.py and boss_candidates."""
+    stages, found = network.arch.split("/"), {}
+    prefixes = [f"layer{s}.{i}." for s, stage in enumerate(stages, 1) for i in range(len(stage))]
+    for name, tensor in network.state_dict().items():
+        prefix, op = "", "conv"
+        if name.startswith("blocks."):
+            _, number, name = name.split(".", 2)
+            block, prefix = network.blocks[int(number)], prefixes[int(number)]
+            op = block.op
+            name = re.sub(r"^entrances\.\w+\.", "", name)
+        part = next(part for part in OFFICIAL_NAMES if name.startswith(part + "."))
+        leaf, theirs = name[len(part) + 1 :], prefix + OFFICIAL_NAMES[part][op == "attn"]
+        if part == "shortcut":  # theirs starts with a pool or an identity
+            (entrance,) = block.entrances.values()
+            place, leaf = leaf.split(".", 1)
+            theirs += f".{int(place) + 3 - len(entrance.shortcut)}"
+        if tensor.ndim == 5:
+            found |= {f"{theirs}.shift": tensor[0], f"{theirs}.sign": tensor[1]}
+        elif leaf in ("weight.w", "qkv"):
+            found[f"{theirs}.adder" if op == "add" else f"{theirs}.weight"] = tensor
+        else:
+            found[f"{theirs}.{leaf}"] = tensor
+    return found
+
+
+def convert(config, space, arch, path):
+    """Makes the checkpoint `path` of an official one (of CV/retraining_hybrid): each tensor is used once.
+    Whether shifts are PS or Q, and whether there is a second classifier, is read from the names."""
+    if not arch or isinstance(space, TokenSpace) or not space.retraining:
+        raise ValueError("--convert needs --space bossnet_t0 or bossnet_t1 and --arch")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the official files hold their flags
+            tensors = torch.load(config.convert, map_location="cpu", weights_only=True)
+        tensors = tensors.get("model", tensors)
+        form = "PS" if any(name.endswith(".sign") for name in tensors) else "Q"
+    except (RuntimeError, EOFError, AttributeError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise ValueError(f"{config.convert} is not a checkpoint of tensors and plain values") from None
+    one_head = "dist_head.weight" not in tensors
+    made = replace(config, convert="", official_attention=True, one_head=one_head, shift_form=form)
+    network = make_model(made, space_of(made), None, arch)
+    fill(official_tensors(network), tensors, config.convert)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    state = {"model": network.state_dict(), "config": asdict(made), "space": space.name, "arch": arch}
+    save(state | {"step": 0}, path)
+    print(f"{len(tensors)} tensors, {form} shifts, {2 - one_head} classifiers | saved {path}")
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -731,7 +1047,7 @@ def make_optimizer(model, config):
 
 
 def learning_rate(config, step, per_epoch):
-    """Linear warm-up (at most a quarter of the steps), then a half cosine to 0 at the last step, or
+    """Linear warm-up (at most a quarter of the steps), then a half cosine to final_lr at the last step, or
     proportional to the inverse square root of the step."""
     total = config.epochs * per_epoch
     warm = min(config.warmup or per_epoch, total // 4)
@@ -739,32 +1055,34 @@ def learning_rate(config, step, per_epoch):
         return config.lr * (step + 1) / warm
     if config.schedule == "inverse-sqrt":
         return config.lr * math.sqrt(max(1, warm) / (step + 1))
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    share = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    return config.final_lr + (config.lr - config.final_lr) * share
 
 
 def train(config, space, data, model, arch, path):
-    """Trains `model` (a Supernet if arch is "", else the Network of arch), checkpoint at `path`; returns it.
+    """Trains `model` (a Supernet if arch is "", else the Network of arch), checkpoint at `path`; returns it,
+    or with config.ema its average.
 
-    Started by torchrun, each process makes its share of a step's `accumulate` passes, with the same arch, and
-    their gradients are added up: a step is the same for any number of processes, but for batch norm's running
-    statistics, which are the first process's. (Not DistributedDataParallel: one path a step leaves most
-    parameters without a gradient, and the divergence is outside forward.)
+    Started by torchrun, each process makes its share of a step's `accumulate` passes, and their gradients are
+    added up: a step is the same for any number of processes, but for batch norm's running statistics, which
+    are the first one's. (Not DistributedDataParallel: one path a step leaves most parameters without a
+    gradient, and the divergence is outside forward.)
 
     Goes on from `path` if config.resume. Ctrl-C and SIGTERM save after the step at hand. A kill loses the
     steps since the last checkpoint, which the resumed run repeats exactly; a checkpoint is due as soon as
     writing it costs less than SAVE_SHARE of the time (`fashion` supernet: every two seconds or so).
     Raises ValueError, naming the arch, at the first loss that is not finite, and if the processes cannot
-    share the passes equally.
+    share the passes equally, or there is clearly too little memory.
     """
     if config.accumulate % processes():
         raise ValueError(f"--accumulate {config.accumulate} is no multiple of the {processes()} processes")
-    model.to(config.device).train()
-    optimizer, generator = make_optimizer(model, config), torch.Generator().manual_seed(config.seed)
+    optimizer, average, teacher = prepare(config, space, data, model, arch)
+    generator = torch.Generator().manual_seed(config.seed)
     per_epoch = max(1, data.size() // (config.batch * config.accumulate))
     step, steps, order, losses = 0, config.epochs * per_epoch, None, []
     torch.manual_seed(config.seed)  # of dropout
     if config.resume and os.path.exists(path):
-        step, order = restore(path, config, space, arch, model, optimizer, generator)
+        step, order = restore(path, config, space, arch, model, optimizer, generator, average)
     first, save_after = step, (started := time.monotonic())
     with open_log(Path(path).with_suffix(".jsonl"), step) as log, interruptible() as stop:
         while step < steps:
@@ -772,15 +1090,14 @@ def train(config, space, data, model, arch, path):
                 order = data.epoch(config.batch * config.accumulate, generator)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, per_epoch)
-            batches = own_batches(config, data, order[step % per_epoch], generator)
-            fair = config.sampling == "fair" and not isinstance(space, TokenSpace)
-            drawn = arch or (space.sample_fairly if fair else space.sample)(generator)
-            optimizer.zero_grad()
-            means = backward(config, model, arch, drawn, batches, generator)
-            loss, loss_ce, stopped = add_up(model, [*means, float(len(stop))])
+            archs, *work = draw_step(config, space, data, arch, order[step % per_epoch], generator)
+            loss, loss_ce, stopped = take_step(config, model, optimizer, arch, archs, *work, teacher, stop)
+            drawn = archs if config.arch_per_pass else archs[0]
             if not math.isfinite(loss):
                 raise ValueError(f"the loss became {loss} at step {step} with arch {drawn}")
             optimizer.step()
+            if average:
+                average.update_parameters(model)
             step += 1
             losses.append(loss)
             log.write(json.dumps({"step": step, "loss": loss, "ce": loss_ce, "arch": drawn}) + "\n")
@@ -790,39 +1107,153 @@ def train(config, space, data, model, arch, path):
             begun = time.monotonic()
             if stopped or step == steps or begun > save_after:
                 log.flush()
-                state = checkpoint(config, space, arch, model, optimizer, generator, step, order)
+                state = checkpoint(config, space, arch, model, optimizer, generator, average, step, order)
                 save(state | data.describe(), path)
                 save_after = time.monotonic() + (time.monotonic() - begun) / SAVE_SHARE
             if stopped:
                 raise KeyboardInterrupt
+    trained = average.module if average else model
+    share_buffers(trained)
+    return trained.eval()
+
+
+def prepare(config, space, data, model, arch):
+    """Puts the model on its device, as the flags ask for; (optimizer, average or None, teacher or None)."""
+    model.to(config.device).train()
+    model.checkpointing = config.checkpointing
+    require_memory(config, space, model, arch)
+    average = None
+    if config.ema:
+        decay = get_ema_multi_avg_fn(config.ema)
+        average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
+    if config.compile and not arch:
+        raise ValueError("--compile needs --arch: a supernet takes another path each step")
+    if config.compile:
+        model.compile()
+    teacher = load_teacher(config, space, data) if config.teacher else None
+    return make_optimizer(model, config), average, teacher
+
+
+def load_teacher(config, space, data):
+    """x as the student takes it -> the class (B,) that the network of config.teacher sees. ValueError if it
+    cannot be read, or knows another number of classes."""
+    try:
+        if config.teacher.endswith(".pt2"):
+            network = torch.export.load(config.teacher).module().to(config.device)
+        else:
+            network = torch.jit.load(config.teacher, map_location=config.device).eval()
+        logits = network(torch.rand(config.batch, len(data.mean), data.side, data.side, device=config.device))
+    except (RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"--teacher {config.teacher} is no network for these images: {reason}") from None
+    if logits.shape != (config.batch, space.classes):
+        raise ValueError(
+            f"--teacher {config.teacher} gives {' x '.join(map(str, logits.shape[1:]))} logits an image; the "
+            f"student has {space.classes} classes"
+        )
+    mean, std = data.mean.to(config.device), data.std.to(config.device)
+    return lambda x: network(x * std + mean).argmax(1)
+
+
+def activation_bytes(config, space, arch):
+    """What the backward pass of a batch of images keeps of the forward pass, counted on the meta device."""
+    sizes, batch = {}, config.batch
+
+    def keep(tensor):
+        if tensor.shape[:1] == (batch,):
+            sizes[tensor.untyped_storage()._cdata] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    drawn = () if arch else (space.sample(torch.Generator().manual_seed(0)),)
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        x = torch.empty(batch, space.in_channels, space.image, space.image)
+        graph = make_model(config, space, None, arch)(x, *drawn)  # keeps the storages, so none counts twice
+        total = sum(sizes.values())
+    del graph
+    return total
+
+
+def free_bytes(device):
+    """Memory that is free on a device; inf where the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return math.inf
+
+
+def memory_bytes(config, space, model, arch):
+    """(gradients, both moments and average; activations) that training adds to the weights, from below."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    images = not isinstance(space, TokenSpace) and not config.checkpointing
+    activations = activation_bytes(config, space, arch) if images else 0
+    return weights * (3 + bool(config.ema)), activations // (2 if config.amp else 1)
+
+
+def require_memory(config, space, model, arch):
+    """ValueError if training needs more than is free."""
+    state, activations = memory_bytes(config, space, model, arch)
+    local = 1 if config.device.startswith("cuda") else processes()
+    need, free = local * (state + activations), free_bytes(config.device)
+    if need > free:
+        raise ValueError(
+            f"training needs at least {need / 2**30:.1f} GiB (gradients and AdamW {state / 2**30:.1f}, a "
+            f"batch {activations / 2**30:.1f}, times {local} processes) but {free / 2**30:.1f} GiB are free; "
+            "a smaller --batch with more --accumulate, or --checkpointing, needs less"
+        )
+
+
+def share_buffers(model):
+    """Of several processes all get the first one's batch-norm statistics, and wait for its checkpoint."""
     if processes() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-        dist.barrier()  # the checkpoint is there
-    return model.eval()
+        dist.barrier()
 
 
-def own_batches(config, data, rows, generator):
-    """This process's share of the batches of a step. Several have a generator each, so that a process need
-    not load what the others do."""
-    parts = rows.chunk(config.accumulate)
-    if len(parts) == 1:
-        return [data.batch(rows, generator)]
-    seeds = torch.randint(2**31, (len(parts),), generator=generator).tolist()
-    return [
-        data.batch(part, torch.Generator().manual_seed(seed))
-        for part, seed in list(zip(parts, seeds))[rank() :: processes()]
-    ]
+def draw_step(config, space, data, arch, rows, generator):
+    """(archs, batches, generators) of one step: the archs of all processes' passes, this one's batches and a
+    generator for each. Several passes have seeds of their own, so that a process need not load what others
+    do; copies of an image (--repeats) go to different passes."""
+    count = min(config.accumulate, len(rows))
+    parts = [rows[i::count] for i in range(count)]
+    generators = [generator]
+    if len(parts) > 1:
+        seeds = torch.randint(2**31, (len(parts),), generator=generator).tolist()
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[rank() :: processes()]]
+    own = zip(parts[rank() :: processes()], generators)
+    batches = [[t.to(config.device) for t in data.batch(part, source)] for part, source in own]
+    count = len(parts) if config.arch_per_pass else 1
+    fair = config.sampling == "fair" and not isinstance(space, TokenSpace)
+    draw = space.sample_fairly if fair else space.sample
+    return [arch or draw(generator) for _ in range(count)], batches, generators
 
 
-def backward(config, model, arch, drawn, batches, generator):
-    """Adds up the gradients of one step's batches; (loss, cross-entropy), means over them, as numbers."""
+def take_step(config, model, optimizer, arch, archs, batches, generators, teacher, stop=()):
+    """Gradients of one step, summed over all processes: (loss, cross-entropy, whether one is to stop)."""
+    optimizer.zero_grad()
     means, count = [0.0, 0.0], len(batches) * processes()
-    for batch in batches:
-        pair = losses_of(config, model, arch, drawn, [t.to(config.device) for t in batch], generator)
+    drawn = (archs * config.accumulate)[: config.accumulate][rank() :: processes()]
+    for number, batch in enumerate(batches):
+        pair = losses_of(config, model, arch, drawn[number], batch, generators[number], teacher)
         (pair[0] / count).backward()
         means = [mean + loss.item() / count for mean, loss in zip(means, pair)]
-    return means
+    if config.arch_per_pass:
+        level_gradients(model)
+    return add_up(model, [*means, float(len(stop))])
+
+
+def level_gradients(model):
+    """A parameter that another process has a gradient of gets zeros here."""
+    if processes() == 1:
+        return
+    parameters = list(model.parameters())
+    reached = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    dist.all_reduce(reached)
+    for parameter, count in zip(parameters, reached.tolist()):
+        if count and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def add_up(model, numbers):
@@ -838,24 +1269,39 @@ def add_up(model, numbers):
     return tail.tolist()
 
 
-def losses_of(config, model, arch, drawn, batch, generator):
-    """(cross-entropy + kl_weight * divergence, cross-entropy); fixed networks have no divergence. In
-    translation it is the cross-entropy a target token, padding left out."""
+def losses_of(config, model, arch, drawn, batch, generator, teacher=None):
+    """(loss + kl_weight * divergence, loss); fixed networks have no divergence. The loss is the
+    cross-entropy, in translation a target token's, padding left out; of two classifiers the mean of both. A
+    teacher's class replaces the label for the second, or for half of the loss of the only one."""
     *inputs, y = batch
-    logits = model(*inputs) if arch else model(*inputs, drawn)
-    loss_ce = F.cross_entropy(
-        logits.flatten(0, -2), y.flatten(), ignore_index=PAD if isinstance(model, Translator) else -100,
-        label_smoothing=config.smoothing,
-    )
+    if config.channels_last:
+        inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.amp):
+        logits = model(*inputs) if arch else model(*inputs, drawn)
+    ignored = PAD if isinstance(model, Translator) else -100
+
+    def loss_of(logits, y, smoothing=config.smoothing):
+        y = y if y.is_floating_point() else y.flatten()
+        logits = logits.float().flatten(0, -2)
+        return F.cross_entropy(logits, y, ignore_index=ignored, label_smoothing=smoothing)
+
+    first, second = logits if isinstance(logits, tuple) else (logits, logits)
+    loss_ce = loss_of(first, y)
+    if teacher:
+        with torch.no_grad():
+            seen = teacher(inputs[0])
+        loss_ce = (loss_ce + loss_of(second, seen, 0.0)) / 2
+    elif second is not first:
+        loss_ce = (loss_ce + loss_of(second, y)) / 2
     if arch or not config.kl_weight:
         return loss_ce, loss_ce
     settings = () if isinstance(model, Translator) else (config.kl, generator)
     return loss_ce + config.kl_weight * model.divergence(drawn, *settings), loss_ce
 
 
-def checkpoint(config, space, arch, model, optimizer, generator, step, order):
+def checkpoint(config, space, arch, model, optimizer, generator, average, step, order):
     """All that an exact continuation needs, as one dict of tensors and plain values."""
-    return {
+    return ({"average": average.state_dict()} if average else {}) | {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "config": asdict(config),
@@ -886,16 +1332,23 @@ def open_log(path, step):
     return open(path, "a", encoding="utf-8")
 
 
-def restore(path, config, space, arch, model, optimizer, generator):
-    """Loads model, optimizer and random states from a checkpoint of the same run; returns (step, order)."""
-    state = load_checkpoint(path, space=space.name, arch=arch)
-    for key, value in asdict(config).items():
-        if key not in ("resume", "out", "device") and state["config"].get(key) != value:
+def same_flags(path, state, config, keys):
+    """ValueError unless a checkpoint was made with the flags of this run."""
+    for key in sorted(keys):
+        if state["config"].get(key) != getattr(config, key):
             raise ValueError(
                 f"{path} was made with --{key.replace('_', '-')} {state['config'].get(key)!r}, "
-                f"this run asks for {value!r}; give the same flags or another --out"
+                f"this run asks for {getattr(config, key)!r}; give the same flags or another --out"
             )
-    model.load_state_dict(state["model"])
+
+
+def restore(path, config, space, arch, model, optimizer, generator, average):
+    """Loads models, optimizer and random states from a checkpoint of the same run; returns (step, order)."""
+    state = load_checkpoint(path, space=space.name, arch=arch)
+    same_flags(path, state, config, asdict(config).keys() - {"resume", "out", "device"})
+    fill(model.state_dict(), state["model"], path)
+    if average:
+        average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])
     generator.set_state(state["generator"])
     torch.set_rng_state(state["torch_rng"])
@@ -911,8 +1364,8 @@ def accuracy(network, data, split, device="cpu", batch=500):
     network.eval()
     right = 0
     for rows in np.array_split(np.arange(len(split.index)), max(1, len(split.index) // batch)):
-        x, y = split.batch(rows)
-        right += (network(((x - data.mean) / data.std).to(device)).argmax(1).cpu() == y).sum().item()
+        x, y = data.view(split, rows, device)
+        right += (network(x).argmax(1) == y).sum().item()
     return 100 * right / len(split.index)
 
 
@@ -924,8 +1377,8 @@ def recalibrate(network, data, images=500, device="cpu"):
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # plain average over the batches
-    x, _ = data.train.batch(np.arange(min(images, len(data.train.index))))
-    network.train()(((x - data.mean) / data.std).to(device))
+    x, _ = data.view(data.train, np.arange(min(images, len(data.train.index))), device)
+    network.train()(x)
     for norm in norms:
         norm.momentum = 0.1
     return network.eval()
@@ -1042,7 +1495,9 @@ def make_model(config, space, data, arch):
     if isinstance(space, TokenSpace):
         size = len(data.vocabulary)
         return Translator(space, size, arch, config.sharing, config.seed, config.dropout, config.bits)
-    return build(space, arch, seed=config.seed) if arch else Supernet(space, config.sharing, config.seed)
+    if arch:
+        return build(space, arch, config.shift_form, config.seed)
+    return Supernet(space, replace(SHARING[config.sharing], shift_form=config.shift_form), config.seed)
 
 
 def tested(config, data, network):
@@ -1054,24 +1509,90 @@ def tested(config, data, network):
     return {"test_accuracy": right, "bleu": bleu(found, [pair[1] for pair in data.test])}
 
 
+def inherit(config, space, arch):
+    """The network of the arch with the weights of the checkpoint config.init, of a supernet or of itself."""
+    state = load_checkpoint(config.init, space=space.name)
+    if not state["arch"]:
+        return load_model(state, space, config.init).extract(arch)
+    load_checkpoint(config.init, arch=arch)
+    form = ("shift_form", "official_attention", "one_head", "classes", "bits")
+    same_flags(config.init, state, config, form)
+    return load_model(state, space, config.init)
+
+
+def read_network(path):
+    """(network, Config it was made with, its space, its checkpoint dict)."""
+    state = load_checkpoint(path)
+    trained = Config(**state["config"])
+    space = space_of(trained)
+    if not state["arch"]:
+        raise ValueError(f"{path} is a supernet, not one network")
+    return load_model(state, space, path), trained, space, state
+
+
 def translate_stdin(config):
     """Writes the translation of each line of standard input as soon as it is read. A line over --max-length
     is cut, which a line on stderr says. ValueError with the number of a line that is not UTF-8."""
-    state = load_checkpoint(config.translate)
-    space = find_space(state["space"])
-    if not isinstance(space, TokenSpace) or not state["arch"]:
-        raise ValueError(f"--translate {config.translate}: not the checkpoint of one translation network")
-    vocabulary = Vocabulary(**state["vocabulary"])
-    trained = Config(**state["config"])
-    model = make_model(trained, space, Sentences(vocabulary, [], [], []), state["arch"])
-    model.load_state_dict(state["model"])
-    model.to(config.device)
+    model, _, space, state = read_network(config.translate)
+    if not isinstance(space, TokenSpace):
+        raise ValueError(f"--translate {config.translate}: not the checkpoint of a translation network")
+    model, vocabulary = model.to(config.device), Vocabulary(**state["vocabulary"])
     for number, raw in enumerate(sys.stdin.buffer, 1):
         line = decode_line(raw, "standard input", number).strip()
         if (pieces := len(vocabulary.encode(line))) > config.max_length:
             cut = f"line {number} has {pieces} pieces, cut to --max-length {config.max_length}"
             print(cut, file=sys.stderr)
         print(*translate(model, vocabulary, [line], config), flush=True)
+
+
+def evaluate(config):
+    """Prints the accuracy of a network on the test images of --data, at --image if given."""
+    model, trained, space, _ = read_network(config.evaluate)
+    if isinstance(space, TokenSpace):
+        raise ValueError(f"--evaluate {config.evaluate}: not the checkpoint of a network of images")
+    trained = replace(trained, image=config.image or trained.image)
+    data = load_data(config.data, space_of(trained), config)
+    reached = accuracy(model.to(config.device), data, data.test, config.device)
+    print(f"{model.arch} | test_accuracy {reached:.2f} | {len(data.test.index)} images of side {data.side}")
+
+
+def benchmark(config, space, arch, steps=3):
+    """Prints speed of loading and augmentation, time of a step and memory, for random images."""
+    shape = (2 * config.batch * config.accumulate, *[space.image] * 2, *[3] * (space.in_channels == 3))
+    split = Split(
+        np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8),
+        np.arange(shape[0]) % space.classes, np.arange(shape[0]),
+    )
+    data, generator = make_data(split, split, split, space, config), torch.Generator().manual_seed(0)
+    model = make_model(config, space, data, arch)
+    optimizer, _, teacher = prepare(config, space, data, model, arch)
+    foreseen = sum(p.numel() * p.element_size() for p in model.parameters())
+    foreseen += sum(memory_bytes(config, space, model, arch))
+    rows = data.epoch(config.batch * config.accumulate, generator)[0]
+    on_gpu, times = config.device.startswith("cuda"), []
+
+    def lap():
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.monotonic())
+
+    for _ in range(steps + 1):
+        lap()
+        split.batch(rows.numpy(), config.device)
+        lap()
+        work = draw_step(config, space, data, arch, rows, generator)
+        lap()
+        take_step(config, model, optimizer, arch, *work, teacher)
+        optimizer.step()
+        lap()
+    load, draw, step = np.diff(np.reshape(times, (-1, 4)))[1:].mean(0)  # the first warms up
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    print(
+        f"{space.name} {arch or 'supernet'} at {space.image}, {config.accumulate} x {config.batch} images | "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters | load {len(rows) / load:.0f}, with "
+        f"augmentation {len(rows) / draw:.0f} images/s | {1e3 * step:.0f} ms a step | peak "
+        f"{peak / 2**20:.0f} MiB, foreseen {foreseen / 2**20:.0f} | {torch.get_num_threads()} threads"
+    )
 
 
 def main(argv=None):
@@ -1081,22 +1602,25 @@ def main(argv=None):
     join_processes(config)
     if config.translate:
         return translate_stdin(config)
-    space = find_space(config.space)
+    if config.evaluate:
+        return evaluate(config)
+    space = space_of(config)
     arch = read_arch(space, config.arch) if config.arch else ""
+    if config.benchmark:
+        return benchmark(config, space, arch)
     if config.init and not arch:
         raise ValueError("--init needs --arch: it starts one network from a supernet's weights")
+    path = os.path.join(config.out, (file_name(arch) or "supernet") + ".pt")
+    if config.convert:
+        return convert(config, space, arch, path)
     data = load(config, space)
-    if config.init:
-        model = load_supernet(config.init, space).extract(arch)
-    else:
-        model = make_model(config, space, data, arch)
+    model = inherit(config, space, arch) if config.init else make_model(config, space, data, arch)
     print(
         f"{arch or 'supernet'} of space {space.name} | "
         f"{sum(p.numel() for p in model.parameters()):,} parameters | "
         f"{data.size()} training examples | {config.device}, {torch.get_num_threads()} threads"
     )
     with output_folder(config.out):
-        path = os.path.join(config.out, (file_name(arch) or "supernet") + ".pt")
         model = train(config, space, data, model, arch, path)
     reached = tested(config, data, model) if arch else {}
     print("".join(f"{name} {value:.2f} | " for name, value in reached.items()) + f"saved {path}")
