@@ -1477,6 +1477,29 @@ def test_two_processes_take_the_steps_of_one_with_the_whole_recipe_and_an_arch_a
     assert [s["loss"] for s in steps[1]] == pytest.approx([s["loss"] for s in steps[0]], rel=1e-4)
 
 
+def test_average_epochs_gives_the_mean_of_the_weights_after_the_last_epochs(tiny_data, tmp_path):
+    space, weights = FASHION, {}
+    settings = {"schedule": "inverse-sqrt", "warmup": 1, "data": str(tiny_data), "batch": 30}
+    for name, epochs, average in (("two", 2, 0), ("three", 3, 0), ("mean", 3, 2)):
+        config = train.Config(epochs=epochs, average_epochs=average, **settings)
+        data, network = train.load(config, space), build(space, "cc/cc/cc")
+        path = str(tmp_path / f"{name}.pt")
+        weights[name] = train.train(config, space, data, network, "cc/cc/cc", path).state_dict()
+    for name, mean in weights["mean"].items():
+        if mean.is_floating_point():
+            expected = (weights["two"][name] + weights["three"][name]) / 2
+            torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip, length", [(0.0, 5.0), (2.0, 2.0), (9.0, 5.0)])
+def test_clip_bounds_the_length_of_the_gradient(clip, length):
+    model = torch.nn.Linear(1, 2, bias=False)
+    config = train.Config(clip=clip)
+    model.weight.grad = torch.tensor([[3.0], [4.0]])
+    train.update(config, model, train.make_optimizer(model, config), None, 0, 10)
+    assert model.weight.grad.norm().item() == pytest.approx(length, rel=1e-4)
+
+
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -2018,6 +2041,7 @@ BAD_FLAGS = [
     ("--recipe nothing", "--recipe 'nothing' is unknown"),
     ("--space translation --mixup 0.8", "--mixup is for images, not for space translation"),
     ("--ema 1", "--ema must be below 1"),
+    ("--ema 0.9 --average-epochs 2", "--ema 0.9 excludes --average-epochs 2"),
     ("--compile", "--compile needs --arch"),
     ("--convert x.pth", "--convert needs --space bossnet_t0"),
     ("--evaluate x.pt", "x.pt does not exist"),
@@ -2497,7 +2521,7 @@ def test_published_counts_energy_split_and_macs():
         assert operations(own)["macs"] / 1e9 == pytest.approx(float(giga_macs), abs=5.1e-4)
 
 
-@pytest.mark.parametrize("space, arch", itertools.product(("bossnet_t0", "bossnet_t1"), (V3, V4)))
+@pytest.mark.parametrize("space, arch", list(itertools.product(("bossnet_t0", "bossnet_t1"), (V3, V4))))
 def test_published_networks_have_their_macs(space, arch):
     published = {"bossnet_t0": 3.747, "bossnet_t1": 6.403}[space]
     assert operations(network_layers(space, arch))["macs"] / 1e9 == pytest.approx(published, abs=5.1e-4)

@@ -108,7 +108,9 @@ class Config:
     mixup: float = flag(0.0, "mixes images with Beta(a, a) of this a", low=0, only="images")
     cutmix: float = flag(0.0, "the same with boxes; both: a coin a batch", low=0, only="images")
     repeats: int = flag(1, "copies of an image a step, of fewer images", low=1, only="images")
+    clip: float = flag(0.0, "largest norm of a step's gradient; 0: any", low=0)
     ema: float = flag(0.0, "decay of the average of the weights; 0: none", low=0, below=1)
+    average_epochs: int = flag(0, "mean of the weights after each of the last epochs; 0: the last", low=0)
     teacher: str = flag(
         "", "file of TorchScript or (.pt2) torch.export: images in [0, 1] -> logits. Half of the loss is the "
         "cross-entropy of its class", only="images"
@@ -138,7 +140,7 @@ WMT = {"schedule": "cosine", "lr": 1e-3, "warmup": 10000, "beta2": 0.98, "weight
 WMT |= {"smoothing": 0.1, "dropout": 0.3, "bpe": "none", "epochs": 135, "batch": 120, "accumulate": 128}
 WMT |= {"bits": 8}
 IWSLT = WMT | {"schedule": "inverse-sqrt", "lr": 5e-4, "weight_decay": 1e-4, "dropout": 0.375, "epochs": 45}
-IWSLT |= {"accumulate": 1, "bits": 0, "beam": 5, "length_penalty": 1.0}
+IWSLT |= {"accumulate": 1, "bits": 0, "beam": 5, "length_penalty": 1.0, "clip": 25.0}
 IMAGES = {"epochs": 300, "batch": 128, "accumulate": 8, "lr": 1e-3, "final_lr": 1e-5, "smoothing": 0.1}
 IMAGES |= {"crop": 0.08, "randaugment": 9, "mixup": 0.8, "cutmix": 1.0, "erasing": 0.25, "repeats": 3}
 BOSSNET = IMAGES | {"warmup": 6255, "ema": 0.99996}  # 5 epochs of ImageNet
@@ -154,7 +156,7 @@ RECIPES = {  # name -> settings that replace the defaults of train.py and search
     "wmt14_en_fr": WMT,
     "wmt14_en_fr-subnet": WMT | {"warmup": 4000, "bits": 0},
     "iwslt14_de_en": IWSLT,
-    "iwslt14_de_en-subnet": IWSLT | {"warmup": 4000},
+    "iwslt14_de_en-subnet": IWSLT | {"warmup": 4000, "average_epochs": 10},
     "quick": {"epochs": 1, "supernet_epochs": 1, "generations": 1, "first": 6, "finalists": 1}
     | {"max_length": 24, "beam": 1},
 }
@@ -1061,7 +1063,7 @@ def learning_rate(config, step, per_epoch):
 
 def train(config, space, data, model, arch, path):
     """Trains `model` (a Supernet if arch is "", else the Network of arch), checkpoint at `path`; returns it,
-    or with config.ema its average.
+    or its average (--ema, --average-epochs).
 
     Started by torchrun, each process makes its share of a step's `accumulate` passes, and their gradients are
     added up: a step is the same for any number of processes, but for batch norm's running statistics, which
@@ -1088,16 +1090,12 @@ def train(config, space, data, model, arch, path):
         while step < steps:
             if step % per_epoch == 0:
                 order = data.epoch(config.batch * config.accumulate, generator)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, per_epoch)
             archs, *work = draw_step(config, space, data, arch, order[step % per_epoch], generator)
             loss, loss_ce, stopped = take_step(config, model, optimizer, arch, archs, *work, teacher, stop)
             drawn = archs if config.arch_per_pass else archs[0]
             if not math.isfinite(loss):
                 raise ValueError(f"the loss became {loss} at step {step} with arch {drawn}")
-            optimizer.step()
-            if average:
-                average.update_parameters(model)
+            update(config, model, optimizer, average, step, per_epoch)
             step += 1
             losses.append(loss)
             log.write(json.dumps({"step": step, "loss": loss, "ce": loss_ce, "arch": drawn}) + "\n")
@@ -1112,9 +1110,19 @@ def train(config, space, data, model, arch, path):
                 save_after = time.monotonic() + (time.monotonic() - begun) / SAVE_SHARE
             if stopped:
                 raise KeyboardInterrupt
-    trained = average.module if average else model
-    share_buffers(trained)
-    return trained.eval()
+    return share_buffers(average.module if average else model).eval()
+
+
+def update(config, model, optimizer, average, step, per_epoch):
+    """Moves the weights along the gradient, by the step's learning rate, and takes them into the average."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step, per_epoch)
+    if config.clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    optimizer.step()
+    last = config.epochs - (step + 1) // per_epoch < config.average_epochs and (step + 1) % per_epoch == 0
+    if average and (config.ema or last):
+        average.update_parameters(model)
 
 
 def prepare(config, space, data, model, arch):
@@ -1123,8 +1131,10 @@ def prepare(config, space, data, model, arch):
     model.checkpointing = config.checkpointing
     require_memory(config, space, model, arch)
     average = None
-    if config.ema:
-        decay = get_ema_multi_avg_fn(config.ema)
+    if config.ema and config.average_epochs:
+        raise ValueError(f"--ema {config.ema} excludes --average-epochs {config.average_epochs}")
+    if config.ema or config.average_epochs:
+        decay = get_ema_multi_avg_fn(config.ema) if config.ema else None
         average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
     if config.compile and not arch:
         raise ValueError("--compile needs --arch: a supernet takes another path each step")
@@ -1188,7 +1198,7 @@ def memory_bytes(config, space, model, arch):
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     images = not isinstance(space, TokenSpace) and not config.checkpointing
     activations = activation_bytes(config, space, arch) if images else 0
-    return weights * (3 + bool(config.ema)), activations // (2 if config.amp else 1)
+    return weights * (3 + bool(config.ema or config.average_epochs)), activations // (2 if config.amp else 1)
 
 
 def require_memory(config, space, model, arch):
@@ -1205,11 +1215,13 @@ def require_memory(config, space, model, arch):
 
 
 def share_buffers(model):
-    """Of several processes all get the first one's batch-norm statistics, and wait for its checkpoint."""
+    """The model; of several processes all get the first one's batch-norm statistics, and wait for its
+    checkpoint."""
     if processes() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
         dist.barrier()
+    return model
 
 
 def draw_step(config, space, data, arch, rows, generator):
