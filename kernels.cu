@@ -255,7 +255,7 @@ template <class V = vec, class T> static inline V load(const T* p) { return *(co
 template <class V, class T> static inline void store(T* p, V v) { *(typename Unaligned<V>::type*)p = v; }
 static inline vec splat(float a) { return a - vec{}; }
 static inline vec vabs(vec a) { return (vec)((ivec)a & 0x7fffffff); }
-static inline ivec vabs(ivec a) { return a < 0 ? -a : a; }
+static inline ivec vabs(ivec a) { return (a ^ (a >> 31)) - (a >> 31); }
 #ifdef __x86_64__                          // max and min return a NaN that is their second operand, as x86 does
 static inline vec vmax(vec a, vec b) { return MM(max_ps)(a, b); }
 static inline vec vmin(vec a, vec b) { return MM(min_ps)(a, b); }
@@ -289,7 +289,7 @@ static inline vec spread(const float* p) { return (vec)(load<int32_t>(p) - ivec{
 // min(a, b) for b >= 0: there floats are ordered as integers are, whose minimum has twice the ports.
 static inline vec min_bits(vec a, vec b) {
 #ifdef __AVX2__
-    return (ivec)a < (ivec)b ? a : b;
+    return (vec)MM(min_epi32)((evec)a, (evec)b);
 #else
     return vmin(a, b);
 #endif
@@ -335,7 +335,10 @@ struct alignas(128) Lanes {
 template <class T> static void pack(const T* source, const Gather& a, int g, const Lanes& pixels, T* panel, T* sum) {
     typedef T oct __attribute__((vector_size(8 * sizeof(T))));
     typedef decltype(oct{} < oct{}) mask;
+    struct Tap { mask inside; int64_t delta; bool vector; };
     const int64_t plane = (int64_t)a.H * a.W, size = (int64_t)a.N * a.G * a.C * plane;
+    const int area = a.KH * a.KW;
+    std::vector<Tap> taps(area);
     for (int l0 = 0; l0 < PW; l0 += 8) {
         int64_t base[8];                   // of tap (0, 0, 0)
         mask row, col;
@@ -346,22 +349,24 @@ template <class T> static void pack(const T* source, const Gather& a, int g, con
             base[l] = ((int64_t)pixels.n[p] * a.G + g) * a.C * plane + (int64_t)row[l] * a.W + col[l];
             run = run && l0 + l < pixels.count && base[l] == base[0] + l;
         }
-        oct total{};
-        for (int t = 0; t < a.KH * a.KW; ++t) {
+        for (int t = 0; t < area; ++t) {
             const int u = t / a.KW, v = t % a.KW;
-            const mask inside = (row + u >= 0) & (row + u < a.H) & (col + v >= 0) & (col + v < a.W);
             const int64_t delta = (int64_t)u * a.W + v, first = base[0] + delta;
-            const bool vector = run && first >= 0 && first + (a.C - 1) * plane + 8 <= size;
-            T* to = panel + (int64_t)t * PW + l0;
-            for (int64_t c = 0; c < a.C; ++c, to += (int64_t)a.KH * a.KW * PW) {
-                oct x;
-                if (vector) std::memcpy(&x, source + first + c * plane, sizeof x);
-                else for (int l = 0; l < 8; ++l) x[l] = inside[l] ? source[base[l] + delta + c * plane] : 0;
-                x = (oct)((mask)x & inside);
-                std::memcpy(to, &x, sizeof x);
-                total += x;
-            }
+            taps[t] = {(row + u >= 0) & (row + u < a.H) & (col + v >= 0) & (col + v < a.W), delta,
+                       run && first >= 0 && first + (a.C - 1) * plane + 8 <= size};
         }
+        oct total{};
+        T* to = panel + l0;
+        for (int c = 0; c < a.C; ++c)
+            for (const Tap& tap : taps) {
+                const T* from = source + c * plane + tap.delta;
+                oct x;
+                if (tap.vector) std::memcpy(&x, from + base[0], sizeof x);
+                else for (int l = 0; l < 8; ++l) x[l] = tap.inside[l] ? from[base[l]] : 0;
+                x = (oct)((mask)x & tap.inside);
+                std::memcpy(to, &x, sizeof x);
+                total += x, to += PW;
+            }
         std::memcpy(sum + l0, &total, sizeof total);
     }
 }
@@ -534,14 +539,12 @@ static void add_u8(int32_t* y, const uint8_t* x, const uint8_t* w, Gather a, int
 // side.
 template <bool grad, class Y, class X> static void add_depthwise(Y* out, const X* source, const X* w, const X* x,
                                                                  const Gather& a, int threads) {
-    typedef X x_vec __attribute__((vector_size(LANES * sizeof(X))));
     typedef Y y_vec __attribute__((vector_size(LANES * sizeof(Y))));
     const int taps = a.taps(), rows = (a.A - 1) * a.S + a.KH, columns = (a.B - 1) * a.S + a.KW;
     const int width = ceil_div(columns, a.S) + LANES;
     const int64_t pitch = (int64_t)a.S * a.S * width, size = rows * a.S * width + ROWS * pitch + FAR;
     const bool all_read = a.meets(0, 0) && a.meets(a.A - 1, a.B - 1);
-    const X* end = source + (int64_t)a.N * a.G * a.H * a.W;
-    std::vector<X> work(threads * size);
+    std::vector<Y> work(threads * size);
     std::vector<Y> weight(a.G * taps);
     std::vector<int> offset(taps);
     for (int k = 0; k < a.G * taps; ++k) {
@@ -550,35 +553,40 @@ template <bool grad, class Y, class X> static void add_depthwise(Y* out, const X
         weight[k] = grad && b != b ? 0 : b, offset[k % taps] = (u * a.S + v % a.S) * width + v / a.S;
     }
     parallel((int64_t)a.N * a.G, threads, [&](int64_t p, int thread) {
-        X* plane = work.data() + thread * size;
+        Y* plane = work.data() + thread * size;
         for (int i = std::max(0, a.row0); i < std::min(a.H, rows + a.row0); ++i)
             for (int phase = 0; phase < a.S; ++phase) {
-                X* to = plane + ((int64_t)(i - a.row0) * a.S + phase) * width;
+                Y* to = plane + ((int64_t)(i - a.row0) * a.S + phase) * width;
                 const X* from = source + (p * a.H + i) * a.W + a.col0 + phase;
-                int b = ceil_div(std::max(0, -a.col0 - phase), a.S);
+                const int start = ceil_div(std::max(0, -a.col0 - phase), a.S);
                 const int last = ceil_div(std::max(0, std::min(a.W - a.col0, columns) - phase), a.S);
-                for (; a.S == 1 && b < last && from + b + LANES <= end; b += LANES) store(to + b, load<x_vec>(from + b));
-                for (; b < last; ++b) to[b] = from[b * a.S];
-                for (b = last; b < width - LANES; ++b) to[b] = 0;
+                if (a.S == 1) for (int b = start; b < last; ++b) to[b] = from[b];
+                else for (int b = start; b < last; ++b) to[b] = from[b * a.S];
             }
         for (int i = 0; i < a.A; i += ROWS)
             for (int j = 0; j < a.B; j += LANES) {
                 const int count = std::min(LANES, a.B - j), height = std::min(ROWS, a.A - i);
+                const bool whole = count == LANES && a.step == 1;
                 const int64_t at = (p * a.height + (int64_t)i * a.step + a.row) * a.width + (int64_t)j * a.step + a.col;
-                const X* from = plane + i * pitch + j;
+                const Y* from = plane + i * pitch + j;
                 y_vec pixel[ROWS] = {}, acc[ROWS] = {};
-                for (int r = 0; grad && r < height; ++r)
-                    for (int l = 0; l < count; ++l)
-                        if (all_read || a.meets(i + r, j + l)) pixel[r][l] = x[at + (r * a.width + l) * a.step];
+                if constexpr (grad) for (int r = 0; r < height; ++r) {
+                    const float* own = x + at + (int64_t)r * a.width * a.step;
+                    if (whole && all_read) pixel[r] = load(own);
+                    else for (int l = 0; l < count; ++l)
+                        if (all_read || a.meets(i + r, j + l)) pixel[r][l] = own[l * a.step];
+                }
+                y_vec one = 1 + y_vec{};
+                if constexpr (std::is_same_v<Y, float>) one = opaque(one);
                 const Y* b = weight.data() + p % a.G * taps;
                 for (int k = 0; k < taps; ++k) UNROLL for (int r = 0; r < ROWS; ++r) {
-                    const y_vec value = __builtin_convertvector(load<x_vec>(from + offset[k] + r * pitch), y_vec);
+                    const y_vec value = load<y_vec>(from + offset[k] + r * pitch);
                     if constexpr (grad) acc[r] += value * vmin(splat(1), vmax(splat(-1), b[k] - pixel[r]));
-                    else acc[r] -= vabs(value - b[k]);
+                    else acc[r] -= vabs(value - b[k]) * one;
                 }
                 for (int r = 0; r < height; ++r) {
                     Y* to = out + at + (int64_t)r * a.width * a.step;
-                    if (count == LANES && a.step == 1) store(to, acc[r]);
+                    if (whole) store(to, acc[r]);
                     else for (int l = 0; l < count; ++l) to[l * a.step] = acc[r][l];
                 }
             }
