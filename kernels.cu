@@ -554,15 +554,20 @@ template <bool grad, class Y, class X> static void add_depthwise(Y* out, const X
     }
     parallel((int64_t)a.N * a.G, threads, [&](int64_t p, int thread) {
         Y* plane = work.data() + thread * size;
-        for (int i = std::max(0, a.row0); i < std::min(a.H, rows + a.row0); ++i)
-            for (int phase = 0; phase < a.S; ++phase) {
-                Y* to = plane + ((int64_t)(i - a.row0) * a.S + phase) * width;
-                const X* from = source + (p * a.H + i) * a.W + a.col0 + phase;
-                const int start = ceil_div(std::max(0, -a.col0 - phase), a.S);
-                const int last = ceil_div(std::max(0, std::min(a.W - a.col0, columns) - phase), a.S);
-                if (a.S == 1) for (int b = start; b < last; ++b) to[b] = from[b];
-                else for (int b = start; b < last; ++b) to[b] = from[b * a.S];
+        for (int phase = 0; phase < a.S; ++phase) {
+            const int start = ceil_div(std::max(0, -a.col0 - phase), a.S);
+            const int count = ceil_div(std::max(0, std::min(a.W - a.col0, columns) - phase), a.S) - start;
+            for (int i = std::max(0, a.row0); i < std::min(a.H, rows + a.row0); ++i) {
+                Y* to = plane + ((int64_t)(i - a.row0) * a.S + phase) * width + start;
+                const X* from = source + (p * a.H + i) * a.W + a.col0 + phase + start * a.S;
+                if (std::is_same_v<X, Y> && a.S == 1 && count >= LANES)
+                    for (int b = 0; b < count; b += LANES) {  // the last vector overlaps the one before
+                        const int at = std::min(b, count - LANES);
+                        store(to + at, load<y_vec>(from + at));
+                    }
+                else for (int b = 0; b < count; ++b) to[b] = from[b * a.S];
             }
+        }
         for (int i = 0; i < a.A; i += ROWS)
             for (int j = 0; j < a.B; j += LANES) {
                 const int count = std::min(LANES, a.B - j), height = std::min(ROWS, a.A - i);
