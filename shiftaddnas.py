@@ -1755,18 +1755,20 @@ def forced_path(path):
             os.environ["SHIFTADDNAS_KERNELS"] = before
 
 
-def median_ms(runs, device, seconds=0.15):
-    """Median time in ms of each of several functions. They are called in turns, so that all meet the same state
-    of machine and allocator: a turn to warm up, then at least 3, until each has run for `seconds`."""
+def median_ms(runs, device, seconds=0.1):
+    """Median time in ms of each of several functions. They take turns, so that all meet the same machine: at
+    least 3 turns, until each has run for `seconds`. A turn is two calls, of which the second, warm one counts."""
     times = [[] for _ in runs]
-    while waiting := [k for k, own in enumerate(times) if len(own) < 4 or sum(own) < 1e3 * seconds]:
+    while waiting := [k for k, own in enumerate(times) if len(own) < 3 or sum(own) < 1e3 * seconds]:
         for k in waiting:
-            start = time.perf_counter()
-            runs[k]()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[k].append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(own[1:]) for own in times]
+            for _ in range(2):
+                start = time.perf_counter()
+                runs[k]()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                elapsed = time.perf_counter() - start
+            times[k].append(1e3 * elapsed)
+    return [statistics.median(own) for own in times]
 
 
 def extra_mb(run):
