@@ -1858,10 +1858,10 @@ def print_ratios(table):
         return statistics.geometric_mean(own[above][column] / own[below][column] for own in table.values())
 
     add = next(name for name in table["linear 512-512"] if name in ("add (cpu)", "add (gpu)"))
-    shares = []
+    shares = {}
     for layer, found in table.items():
         N, C, _, side, K, _, _ = LAYERS[layer]
-        shares.append(found[add][2] / (N * C * K * K * side * side * 4 / 1e6))
+        shares[layer] = found[add][2] / (N * C * K * K * side * side * 4 / 1e6)
     print("geometric means of the six layers:")
     for name in next(iter(table.values())):
         print(f"{name:22} / conv: forward {ratio(name, 'conv', 0):6.2f}  fwd+bwd {ratio(name, 'conv', 1):6.2f}")
@@ -1869,7 +1869,8 @@ def print_ratios(table):
         print(f"{name:22} / {add}: forward {ratio(name, add, 0):6.1f}")
     if "add u8" in next(iter(table.values())):
         print(f"{add:22} / add u8: forward {ratio(add, 'add u8', 0):6.2f}")
-        print(f"extra memory of {add}: at most {max(shares):.1%} of the im2col matrix")
+        text = ", ".join(f"{share:.1%} ({layer})" for layer, share in shares.items())
+        print(f"extra memory of {add} over the im2col matrix: {text}")
 
 
 def operator_table():
