@@ -223,6 +223,7 @@ extern "C" int add_conv2d_grad_x(float* gx, const float* g, const float* x, cons
 // ============================================================ cpu build
 #include <algorithm>
 #include <cfloat>
+#include <cstring>
 #include <omp.h>
 #include <vector>
 #ifdef __x86_64__
@@ -231,27 +232,24 @@ extern "C" int add_conv2d_grad_x(float* gx, const float* g, const float* x, cons
 
 #if defined(__AVX512BW__)
 #define MM(op) _mm512_##op
-typedef __m512i bytes;
-constexpr int LANES = 16, PV = 4, MR = 4;  // register tile of the forward pass: MR channels x PV vectors of pixels
+constexpr int LANES = 16, MR = 8, CR = 4;  // floats of a vector; channels of a register tile, forward and grad_x
 #elif defined(__AVX2__)
 #define MM(op) _mm256_##op
-typedef __m256i bytes;
-constexpr int LANES = 8, PV = 2, MR = 5;
+constexpr int LANES = 8, MR = 5, CR = 2;
 #else
-#ifdef __x86_64__
 #define MM(op) _mm_##op
-typedef __m128i bytes;
+constexpr int LANES = 4, MR = 5, CR = 2;
 #endif
-constexpr int LANES = 4, PV = 2, MR = 5;
-#endif
-constexpr int CR = 2;                      // channels of a grad_x tile
-constexpr int PW = PV * LANES;             // pixels of a panel; a panel row holds one tap of them
+constexpr int PV = 2, PW = PV * LANES;     // vectors, pixels of a panel; a panel row holds one tap of them
+constexpr int ROWS = LANES / 2;            // rows of a depthwise register tile
 constexpr int FAR = 64;                    // elements between the buffers of two threads
 constexpr int64_t PANEL_BYTES = 64 << 10;  // panels packed at a time (at least one)
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef long long eight;                   // 8 bytes: the same pixel of 8 channels
+typedef eight evec __attribute__((vector_size(LANES * 4)));
 template <class V> struct Unaligned { typedef V type __attribute__((aligned(1), may_alias)); };
 template <class V = vec, class T> static inline V load(const T* p) { return *(const typename Unaligned<V>::type*)p; }
 template <class V, class T> static inline void store(T* p, V v) { *(typename Unaligned<V>::type*)p = v; }
@@ -261,9 +259,18 @@ static inline ivec vabs(ivec a) { return (a ^ (a >> 31)) - (a >> 31); }
 #ifdef __x86_64__                          // max and min return a NaN that is their second operand, as x86 does
 static inline vec vmax(vec a, vec b) { return MM(max_ps)(a, b); }
 static inline vec vmin(vec a, vec b) { return MM(min_ps)(a, b); }
+static inline evec sad(evec a, evec b) { return (evec)MM(sad_epu8)(a, b); }  // sum of |a - b| over the bytes of an eight
 #else
 static inline vec vmax(vec a, vec b) { return a > b ? a : b; }
 static inline vec vmin(vec a, vec b) { return a < b ? a : b; }
+static inline evec sad(evec a, evec b) {
+    evec sum{};
+    for (int shift = 0; shift < 64; shift += 8) {
+        const evec d = (a >> shift & 255) - (b >> shift & 255);
+        sum += d < 0 ? -d : d;
+    }
+    return sum;
+}
 #endif
 static inline bool all_set(ivec a) {
     for (int l = 1; l < LANES; ++l) a[0] &= a[l];
@@ -273,9 +280,19 @@ static inline bool all_set(ivec a) {
 // other execution ports than max and sub: twice the speed.
 template <class V> static inline V opaque(V a) {
 #ifdef __AVX2__
-    asm("" : "+x"(a));
+    asm("" : "+v"(a));
 #endif
     return a;
+}
+// *p in every lane. As an integer: the broadcast of a float to 512 bits takes an arithmetic port on Zen 4.
+static inline vec spread(const float* p) { return (vec)(load<int32_t>(p) - ivec{}); }
+// min(a, b) for b >= 0: there floats are ordered as integers are, whose minimum has twice the ports.
+static inline vec min_bits(vec a, vec b) {
+#ifdef __AVX2__
+    return (vec)MM(min_epi32)((evec)a, (evec)b);
+#else
+    return vmin(a, b);
+#endif
 }
 
 // Calls work(job, thread) for every job in [0, jobs) on torch's own OpenMP team: a second pool would fight its idle
@@ -305,23 +322,26 @@ struct alignas(128) Lanes {
         run = count == PW && at[PW - 1] - at[0] == PW - 1 && at[PW / 2] - at[0] == PW / 2;
     }
     void move_in(float* to, const float* x) const {
-        if (run && all_read) std::copy_n(x + at[0], PW, to);
+        if (run && all_read) for (int l = 0; l < PW; l += LANES) store(to + l, load(x + at[0] + l));
         else for (int l = 0; l < count; ++l) to[l] = read[l] ? x[at[l]] : 0;
     }
-    void move_out(float* y, const float* from) const {
-        if (run) std::copy_n(from, PW, y + at[0]);
+    template <class Y> void move_out(Y* y, const Y* from) const {
+        if (run) for (int l = 0; l < PW; l += LANES) store(y + at[0] + l, load(from + l));
         else for (int l = 0; l < count; ++l) y[at[l]] = from[l];
     }
 };
 
-// panel[k][lane] = tap k of the pixels, 0 past the end; sum[lane] = sum of the column
-static void pack(const float* source, const Gather& a, int g, const Lanes& pixels, float* panel, float* sum) {
-    typedef float oct __attribute__((vector_size(32)));
-    typedef int32_t ioct __attribute__((vector_size(32)));
+// panel[k][lane] = tap k of the pixels, 0 past the end; sum[lane] = sum of the column. T is float or eight.
+template <class T> static void pack(const T* source, const Gather& a, int g, const Lanes& pixels, T* panel, T* sum) {
+    typedef T oct __attribute__((vector_size(8 * sizeof(T))));
+    typedef decltype(oct{} < oct{}) mask;
+    struct Tap { mask inside; int64_t delta; bool vector; };
     const int64_t plane = (int64_t)a.H * a.W, size = (int64_t)a.N * a.G * a.C * plane;
+    const int area = a.KH * a.KW;
+    std::vector<Tap> taps(area);
     for (int l0 = 0; l0 < PW; l0 += 8) {
         int64_t base[8];                   // of tap (0, 0, 0)
-        ioct row, col;
+        mask row, col;
         bool run = true;                   // the 8 pixels lie side by side
         for (int l = 0; l < 8; ++l) {
             const int p = std::min(l0 + l, pixels.count - 1);
@@ -329,24 +349,75 @@ static void pack(const float* source, const Gather& a, int g, const Lanes& pixel
             base[l] = ((int64_t)pixels.n[p] * a.G + g) * a.C * plane + (int64_t)row[l] * a.W + col[l];
             run = run && l0 + l < pixels.count && base[l] == base[0] + l;
         }
-        oct total{};
-        for (int t = 0; t < a.KH * a.KW; ++t) {
+        for (int t = 0; t < area; ++t) {
             const int u = t / a.KW, v = t % a.KW;
-            const ioct inside = (row + u >= 0) & (row + u < a.H) & (col + v >= 0) & (col + v < a.W);
             const int64_t delta = (int64_t)u * a.W + v, first = base[0] + delta;
-            const bool vector = run && first >= 0 && first + (a.C - 1) * plane + 8 <= size;
-            float* to = panel + (int64_t)t * PW + l0;
-            for (int64_t c = 0; c < a.C; ++c, to += (int64_t)a.KH * a.KW * PW) {
+            taps[t] = {(row + u >= 0) & (row + u < a.H) & (col + v >= 0) & (col + v < a.W), delta,
+                       run && first >= 0 && first + (a.C - 1) * plane + 8 <= size};
+        }
+        oct total{};
+        T* to = panel + l0;
+        for (int c = 0; c < a.C; ++c)
+            for (const Tap& tap : taps) {
+                const T* from = source + c * plane + tap.delta;
                 oct x;
-                if (vector) x = load<oct>(source + first + c * plane);
-                else for (int l = 0; l < 8; ++l) x[l] = inside[l] ? source[base[l] + delta + c * plane] : 0;
-                x = (oct)((ioct)x & inside);
-                store(to, x);
-                total += x;
+                if (tap.vector) std::memcpy(&x, from + base[0], sizeof x);
+                else for (int l = 0; l < 8; ++l) x[l] = tap.inside[l] ? from[base[l]] : 0;
+                x = (oct)((mask)x & tap.inside);
+                std::memcpy(to, &x, sizeof x);
+                to += PW;
+                if constexpr (std::is_same_v<T, float>) total += x;  // eights would overflow
+            }
+        std::memcpy(sum + l0, &total, sizeof total);
+    }
+}
+
+// The weights of R channels as taps[tile][k][R], the last channel of a group repeated to a whole tile
+template <int R, class T, class Map> static std::vector<T> lay_taps(const T* w, const Gather& a, int threads, Map map) {
+    const int64_t rows = ceil_div(a.M, R) * R;
+    std::vector<T> taps(a.G * rows * a.taps());
+    parallel(a.G * rows, threads, [&](int64_t job, int) {
+        const T* from = w + job / rows * a.wg + std::min<int64_t>(job % rows, a.M - 1) * a.wo + a.w0;
+        T* to = taps.data() + job / R * a.taps() * R + job % R;
+        for (int c = 0; c < a.C; ++c)
+            for (int u = 0; u < a.KH; ++u)
+                for (int v = 0; v < a.KW; ++v, to += R) *to = map(from[c * a.wc + u * a.wu + v * a.wv]);
+    });
+    return taps;
+}
+
+// A panel of pixels meets `rows` of the R channels that taps[k][R] hold. channel: place of the first one in the result
+template <class T> struct Tile {
+    const T *panel, *sum, *taps;
+    int64_t index, channel, rows;
+    const Lanes& pixels;
+};
+
+// Packs panels of pixels, a few a job, and writes compute(tile, result[R][PW]) to `out`, tile by tile.
+template <int R, class Y, class T, class Compute> static void add_panels(Y* out, const T* source, const T* taps,
+                                                                         const Gather& a, int threads, Compute compute) {
+    const int64_t K = a.taps(), tiles = ceil_div(a.M, R), map = (int64_t)a.height * a.width;
+    const int64_t panels = ceil_div(a.pixels(), PW), bytes = (K + 1) * PW * sizeof(T);
+    const int64_t block = std::max<int64_t>(1, PANEL_BYTES / bytes), size = block * (K + 1) * PW + FAR;
+    std::vector<T> work(threads * size);
+    std::vector<Lanes> lanes(threads * block);
+    parallel(ceil_div(panels, int(block)), threads, [&](int64_t job, int thread) {
+        T *panel = work.data() + thread * size, *sum = panel + block * K * PW;
+        Lanes* pixels = lanes.data() + thread * block;
+        const int64_t first = job * block, count = std::min(block, panels - first);
+        for (int64_t p = 0; p < count; ++p) pixels[p].set(a, (first + p) * PW);
+        for (int g = 0; g < a.G; ++g) {
+            for (int64_t p = 0; p < count; ++p) pack(source, a, g, pixels[p], panel + p * K * PW, sum + p * PW);
+            for (int64_t t = 0; t < tiles * count; ++t) {
+                const int64_t o = t / count * R, p = t % count, index = g * tiles + t / count;
+                const Tile<T> tile{panel + p * K * PW, sum + p * PW, taps + index * K * R, index, (g * a.M + o) * map,
+                                   std::min<int64_t>(R, a.M - o), pixels[p]};
+                alignas(64) Y result[R][PW];
+                compute(tile, result);
+                for (int r = 0; r < tile.rows; ++r) pixels[p].move_out(out + tile.channel + r * map, result[r]);
             }
         }
-        store(sum + l0, total);
-    }
+    });
 }
 
 // acc = sum_k max(x, w), or sum_k |x - w| if direct, for one panel and MR channels
@@ -357,31 +428,46 @@ template <bool direct> static inline void forward_sums(const float* panel, const
         vec x[PV];
         UNROLL for (int q = 0; q < PV; ++q) x[q] = opaque(load(panel + q * LANES));
         UNROLL for (int r = 0; r < MR; ++r) {
-            const vec b = splat(w[r]);
+            const vec b = spread(w + r);
             UNROLL for (int q = 0; q < PV; ++q) acc[r][q] += (direct ? vabs(x[q] - b) : vmax(b, x[q])) * one;
         }
     }
 }
 
-// y of one panel and MR channels. |x - w| = 2 max(x, w) - x - w gives y = sum x + sum w - 2 sum max(x, w); where y is
-// small beside sum |w| (x and w share an offset, or nearly agree) or not finite, the tile is redone from |x - w|.
-static void forward_tile(const float* panel, const float* sum, const float* w, const float* sum_w, const float* abs_w,
-                         int K, float (&out)[MR][PW]) {
-    vec acc[MR][PV];
-    forward_sums<false>(panel, w, K, acc);
-    ivec good = ~ivec{};
-    UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int q = 0; q < PV; ++q) {
-        acc[r][q] = 2 * acc[r][q] - sum_w[r] - load(sum + q * LANES);
-        good &= (8 * acc[r][q] >= splat(abs_w[r])) & (acc[r][q] <= splat(FLT_MAX));
-    }
-    if (!all_set(good)) forward_sums<true>(panel, w, K, acc);
-    UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int q = 0; q < PV; ++q) store(out[r] + q * LANES, -acc[r][q]);
+// y = -sum_k |x - w| = sum x + sum w - 2 sum max(x, w); where y is small beside sum |w| (x and w share an offset, or
+// nearly agree) or not finite, the tile is redone from |x - w|.
+static void add_forward(float* y, const float* x, const float* w, const Gather& a, int threads) {
+    const std::vector<float> taps = lay_taps<MR>(w, a, threads, [](float b) { return b; });
+    const int K = a.taps();
+    std::vector<float> sum_w(taps.size() / K), abs_w(sum_w);
+    parallel(sum_w.size() / MR, threads, [&](int64_t tile, int) {
+        double total[MR] = {}, total_abs[MR] = {};
+        for (int64_t k = 0; k < K * MR; ++k) {
+            const double b = taps[tile * K * MR + k];
+            total[k % MR] += b, total_abs[k % MR] += std::fabs(b);
+        }
+        for (int r = 0; r < MR; ++r) sum_w[tile * MR + r] = total[r], abs_w[tile * MR + r] = total_abs[r];
+    });
+    add_panels<MR>(y, x, taps.data(), a, threads, [&](const Tile<float>& t, float (&result)[MR][PW]) {
+        vec acc[MR][PV];
+        forward_sums<false>(t.panel, t.taps, K, acc);
+        ivec good = ~ivec{};
+        UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int q = 0; q < PV; ++q) {
+            acc[r][q] = 2 * acc[r][q] - sum_w[t.index * MR + r] - load(t.sum + q * LANES);
+            good &= (8 * acc[r][q] >= splat(abs_w[t.index * MR + r])) & (acc[r][q] <= splat(FLT_MAX));
+        }
+        if (!all_set(good)) forward_sums<true>(t.panel, t.taps, K, acc);
+        UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int q = 0; q < PV; ++q) store(result[r] + q * LANES, -acc[r][q]);
+    });
 }
 
-// gx = sum_k g clip(w - x, -1, 1) of one panel of g and CR channels; sum = sum_k g. As clip(w - x, -1, 1) =
-// min(max(w, x - 1), x + 1) - x, a term is max, min and FMA; that loses digits as |x| grows, so beyond 8 it is direct.
-template <bool direct> static inline void grad_sums(const float* panel, const float* sum, const float* w,
-                                                    const float (&x)[CR][PW], int K, float (&out)[CR][PW]) {
+// result = sum_k g clip(w - x, -1, 1) of one panel of g and CR channels; sum = sum_k g; w and x have SHIFT added. As
+// clip(w - x, -1, 1) = min(max(w, x - 1), x + 1) - x, a term is max, min and FMA. That loses digits as |x| grows and wants
+// x + 1 >= 0, so outside -1 .. 11 it is direct.
+constexpr float SHIFT = 3;
+template <bool direct> static inline void grad_sums(const Tile<float>& t, const float (&x)[CR][PW], int K,
+                                                    float (&result)[CR][PW]) {
+    const float *panel = t.panel, *w = t.taps;
     const vec one = opaque(splat(1));
     vec low[CR][PV], high[CR][PV], acc[CR][PV];
     UNROLL for (int c = 0; c < CR; ++c) UNROLL for (int q = 0; q < PV; ++q) {
@@ -392,82 +478,74 @@ template <bool direct> static inline void grad_sums(const float* panel, const fl
         vec g[PV];
         UNROLL for (int q = 0; q < PV; ++q) g[q] = opaque(load(panel + q * LANES));
         UNROLL for (int c = 0; c < CR; ++c) {
-            const vec b = splat(w[c]);
+            const vec b = spread(w + c);
             UNROLL for (int q = 0; q < PV; ++q) acc[c][q] += g[q] * (direct
-                ? vmin(one, vmax(-one, b - low[c][q])) : vmin(high[c][q], vmax(low[c][q], b)));
+                ? vmin(one, vmax(-one, b - low[c][q])) : min_bits(vmax(low[c][q], b), high[c][q]));
         }
     }
     UNROLL for (int c = 0; c < CR; ++c) UNROLL for (int q = 0; q < PV; ++q)
-        store(out[c] + q * LANES, direct ? acc[c][q] : acc[c][q] - load(x[c] + q * LANES) * load(sum + q * LANES));
+        store(result[c] + q * LANES, direct ? acc[c][q] : acc[c][q] - load(x[c] + q * LANES) * load(t.sum + q * LANES));
 }
 
-static void grad_tile(const float* panel, const float* sum, const float* w, const float (&x)[CR][PW], int K,
-                      float (&out)[CR][PW]) {
-    ivec small = ~ivec{};
-    UNROLL for (int q = 0; q < CR * PV; ++q) small &= vabs(load(x[q / PV] + q % PV * LANES)) <= splat(8);
-    if (all_set(small)) grad_sums<false>(panel, sum, w, x, K, out);
-    else grad_sums<true>(panel, sum, w, x, K, out);
-}
-
-// out = -sum |source - w| or, with `grad`, sum source clip(w - x, -1, 1), by Gather. A job packs panels of pixels, then
-// goes through the register tiles of channels, whose weights lie as taps[tile][k][R].
-template <bool grad> static void add_panels(float* out, const float* source, const float* w, const float* x,
-                                            const Gather& a, int threads) {
-    constexpr int R = grad ? CR : MR;
-    const int K = a.taps(), area = a.KH * a.KW;
-    const int64_t tiles = ceil_div(a.M, R), map = (int64_t)a.height * a.width, panels = ceil_div(a.pixels(), PW);
-    const int64_t block = std::max<int64_t>(1, PANEL_BYTES / ((K + 1) * PW * 4)), size = block * (K + 1) * PW + FAR;
-    std::vector<float> taps(a.G * tiles * K * R), sum_w(a.G * tiles * R), abs_w(sum_w), work(threads * size);
-    std::vector<Lanes> lanes(threads * block);
-    std::vector<int64_t> offset(area);
-    for (int t = 0; t < area; ++t) offset[t] = t / a.KW * a.wu + t % a.KW * a.wv + a.w0;
-    parallel(a.G * tiles * R, threads, [&](int64_t job, int) {
-        const int64_t g = job / (tiles * R), o = std::min<int64_t>(job % (tiles * R), a.M - 1);  // the last repeats
-        double total = 0, total_abs = 0;
-        float* to = taps.data() + job / R * K * R + job % R;
-        for (int c = 0; c < a.C; ++c)
-            for (int t = 0; t < area; ++t, to += R) {
-                const float b = w[g * a.wg + o * a.wo + c * a.wc + offset[t]];
-                *to = grad && std::isnan(b) ? 0 : b;
-                total += b, total_abs += std::fabs(b);
-            }
-        sum_w[job] = float(total), abs_w[job] = float(total_abs);
-    });
-    parallel(ceil_div(panels, int(block)), threads, [&](int64_t job, int thread) {
-        float *panel = work.data() + thread * size, *sum = panel + block * K * PW;
-        Lanes* pixels = lanes.data() + thread * block;
-        const int64_t first = job * block, count = std::min(block, panels - first);
-        for (int64_t p = 0; p < count; ++p) pixels[p].set(a, (first + p) * PW);
-        for (int g = 0; g < a.G; ++g) {
-            for (int64_t p = 0; p < count; ++p)
-                pack(source, a, g, pixels[p], panel + p * K * PW, sum + p * PW);
-            for (int64_t tile = g * tiles; tile < (g + 1) * tiles; ++tile)
-                for (int64_t p = 0; p < count; ++p) {
-                    alignas(64) float in[R][PW], result[R][PW];
-                    const int64_t o = tile % tiles * R, channel = (g * a.M + o) * map, rows = std::min<int64_t>(R, a.M - o);
-                    const float *from = panel + p * K * PW, *b = taps.data() + tile * K * R;
-                    if constexpr (grad) {
-                        for (int r = 0; r < R; ++r) std::fill_n(in[r], PW, 0.f);
-                        for (int r = 0; r < rows; ++r) pixels[p].move_in(in[r], x + channel + r * map);
-                        grad_tile(from, sum + p * PW, b, in, K, result);
-                    } else forward_tile(from, sum + p * PW, b, sum_w.data() + tile * R, abs_w.data() + tile * R, K, result);
-                    for (int r = 0; r < rows; ++r) pixels[p].move_out(out + channel + r * map, result[r]);
-                }
+static void add_grad_x(float* gx, const float* g, const float* x, const float* w, const Gather& a, int threads) {
+    const std::vector<float> taps = lay_taps<CR>(w, a, threads, [](float b) { return b == b ? b + SHIFT : 0; });
+    const int64_t map = (int64_t)a.height * a.width;
+    add_panels<CR>(gx, g, taps.data(), a, threads, [&](const Tile<float>& t, float (&result)[CR][PW]) {
+        alignas(64) float in[CR][PW] = {};
+        for (int r = 0; r < t.rows; ++r) t.pixels.move_in(in[r], x + t.channel + r * map);
+        ivec small = ~ivec{};
+        for (auto& row : in) UNROLL for (int l = 0; l < PW; l += LANES) {
+            const vec v = load(row + l) + SHIFT;
+            store(row + l, v), small &= (v >= splat(-1)) & (v <= splat(11));
         }
+        if (all_set(small)) grad_sums<false>(t, in, a.taps(), result);
+        else grad_sums<true>(t, in, a.taps(), result);
     });
 }
 
-// The same for depthwise layers, float32 or bytes. The source map is copied with its padding, split into S column phases,
-// so that the source pixels a tap needs for side-by-side result pixels lie side by side.
+// y = -sum_k |x - w| of bytes: an eight holds 8 channels (0 past the last), a vector those of LANES / 2 pixels.
+static void add_u8(int32_t* y, const uint8_t* x, const uint8_t* w, Gather a, int threads) {
+    const int C = a.C, eights = ceil_div(C, 8);
+    const auto interleave = [=](const uint8_t* from, int64_t blocks, int64_t map) {
+        std::vector<eight> to(blocks * eights * map);
+        parallel(blocks * eights, threads, [&](int64_t job, int) {
+            for (int64_t c = job % eights * 8, end = std::min<int64_t>(c + 8, C); c < end; ++c)
+                for (int64_t q = 0; q < map; ++q)
+                    to[job * map + q] |= (uint64_t)from[(job / eights * C + c) * map + q] << c % 8 * 8;
+        });
+        return to;
+    };
+    const int area = a.KH * a.KW;
+    const std::vector<eight> source = interleave(x, (int64_t)a.N * a.G, (int64_t)a.H * a.W);
+    const std::vector<eight> weight = interleave(w, (int64_t)a.G * a.M, area);
+    a.C = eights, a.wc = area, a.wo = a.taps(), a.wg = a.M * a.wo;
+    const std::vector<eight> taps = lay_taps<CR>(weight.data(), a, threads, [](eight b) { return b; });
+    add_panels<CR>(y, source.data(), taps.data(), a, threads, [&](const Tile<eight>& t, int32_t (&result)[CR][PW]) {
+        typedef int32_t half __attribute__((vector_size(LANES * 2)));
+        const eight *panel = t.panel, *b = t.taps;
+        evec acc[CR][2 * PV] = {};
+        for (int k = 0; k < a.taps(); ++k, panel += PW, b += CR) {
+            evec v[2 * PV];
+            UNROLL for (int q = 0; q < 2 * PV; ++q) v[q] = opaque(load<evec>(panel + q * LANES / 2));
+            UNROLL for (int r = 0; r < CR; ++r) UNROLL for (int q = 0; q < 2 * PV; ++q)
+                acc[r][q] += sad(v[q], b[r] - evec{});
+        }
+        UNROLL for (int r = 0; r < CR; ++r) UNROLL for (int q = 0; q < 2 * PV; ++q)
+            store(result[r] + q * LANES / 2, -__builtin_convertvector(acc[r][q], half));
+    });
+}
+
+// The same for depthwise layers, float32 or bytes, in tiles of ROWS x LANES pixels. The source map is copied with its
+// padding, split into S column phases, so that the source pixels a tap needs for side-by-side result pixels lie side by
+// side.
 template <bool grad, class Y, class X> static void add_depthwise(Y* out, const X* source, const X* w, const X* x,
                                                                  const Gather& a, int threads) {
-    typedef X x_vec __attribute__((vector_size(LANES * sizeof(X))));
     typedef Y y_vec __attribute__((vector_size(LANES * sizeof(Y))));
-    const int rows = (a.A - 1) * a.S + a.KH, columns = (a.B - 1) * a.S + a.KW, width = ceil_div(columns, a.S) + LANES;
-    const int64_t size = (int64_t)rows * a.S * width + FAR;
+    const int taps = a.taps(), rows = (a.A - 1) * a.S + a.KH, columns = (a.B - 1) * a.S + a.KW;
+    const int width = ceil_div(columns, a.S) + LANES;
+    const int64_t pitch = (int64_t)a.S * a.S * width, size = rows * a.S * width + ROWS * pitch + FAR;
     const bool all_read = a.meets(0, 0) && a.meets(a.A - 1, a.B - 1);
-    std::vector<X> work(threads * size);
-    const int taps = a.taps();
+    std::vector<Y> work(threads * size);
     std::vector<Y> weight(a.G * taps);
     std::vector<int> offset(taps);
     for (int k = 0; k < a.G * taps; ++k) {
@@ -476,35 +554,47 @@ template <bool grad, class Y, class X> static void add_depthwise(Y* out, const X
         weight[k] = grad && b != b ? 0 : b, offset[k % taps] = (u * a.S + v % a.S) * width + v / a.S;
     }
     parallel((int64_t)a.N * a.G, threads, [&](int64_t p, int thread) {
-        X* plane = work.data() + thread * size;
-        for (int i = std::max(0, a.row0); i < std::min(a.H, rows + a.row0); ++i)
-            for (int phase = 0; phase < a.S; ++phase) {
-                X* to = plane + ((int64_t)(i - a.row0) * a.S + phase) * width;
-                const X* from = source + (p * a.H + i) * a.W + a.col0 + phase;
-                const int first = ceil_div(std::max(0, -a.col0 - phase), a.S);
-                const int last = ceil_div(std::max(0, std::min(a.W - a.col0, columns) - phase), a.S);
-                if (a.S == 1) std::copy(from + first, from + std::max(first, last), to + first);
-                else for (int b = first; b < last; ++b) to[b] = from[b * a.S];
+        Y* plane = work.data() + thread * size;
+        for (int phase = 0; phase < a.S; ++phase) {
+            const int start = ceil_div(std::max(0, -a.col0 - phase), a.S);
+            const int count = ceil_div(std::max(0, std::min(a.W - a.col0, columns) - phase), a.S) - start;
+            for (int i = std::max(0, a.row0); i < std::min(a.H, rows + a.row0); ++i) {
+                Y* to = plane + ((int64_t)(i - a.row0) * a.S + phase) * width + start;
+                const X* from = source + (p * a.H + i) * a.W + a.col0 + phase + start * a.S;
+                if (std::is_same_v<X, Y> && a.S == 1 && count >= LANES)
+                    for (int b = 0; b < count; b += LANES) {  // the last vector overlaps the one before
+                        const int at = std::min(b, count - LANES);
+                        store(to + at, load<y_vec>(from + at));
+                    }
+                else for (int b = 0; b < count; ++b) to[b] = from[b * a.S];
             }
-        const Y* b = weight.data() + p % a.G * taps;
-        for (int i = 0; i < a.A; ++i)
+        }
+        for (int i = 0; i < a.A; i += ROWS)
             for (int j = 0; j < a.B; j += LANES) {
+                const int count = std::min(LANES, a.B - j), height = std::min(ROWS, a.A - i);
+                const bool whole = count == LANES && a.step == 1;
                 const int64_t at = (p * a.height + (int64_t)i * a.step + a.row) * a.width + (int64_t)j * a.step + a.col;
-                const int count = std::min(LANES, a.B - j);
-                const X* from = plane + (int64_t)i * a.S * a.S * width + j;
-                y_vec pixel{}, acc{};
-                if constexpr (grad) {
-                    if (count == LANES && a.step == 1 && all_read) pixel = load(x + at);
+                const Y* from = plane + i * pitch + j;
+                y_vec pixel[ROWS] = {}, acc[ROWS] = {};
+                if constexpr (grad) for (int r = 0; r < height; ++r) {
+                    const float* own = x + at + (int64_t)r * a.width * a.step;
+                    if (whole && all_read) pixel[r] = load(own);
                     else for (int l = 0; l < count; ++l)
-                        if (all_read || a.meets(i, j + l)) pixel[l] = x[at + l * a.step];
+                        if (all_read || a.meets(i + r, j + l)) pixel[r][l] = own[l * a.step];
                 }
-                for (int k = 0; k < taps; ++k) {
-                    const y_vec value = __builtin_convertvector(load<x_vec>(from + offset[k]), y_vec);
-                    if constexpr (grad) acc += value * vmin(splat(1), vmax(splat(-1), b[k] - pixel));
-                    else acc -= vabs(value - b[k]);
+                y_vec one = 1 + y_vec{};
+                if constexpr (std::is_same_v<Y, float>) one = opaque(one);
+                const Y* b = weight.data() + p % a.G * taps;
+                for (int k = 0; k < taps; ++k) UNROLL for (int r = 0; r < ROWS; ++r) {
+                    const y_vec value = load<y_vec>(from + offset[k] + r * pitch);
+                    if constexpr (grad) acc[r] += value * vmin(splat(1), vmax(splat(-1), b[k] - pixel[r]));
+                    else acc[r] -= vabs(value - b[k]) * one;
                 }
-                if (count == LANES && a.step == 1) store(out + at, acc);
-                else for (int l = 0; l < count; ++l) out[at + l * a.step] = acc[l];
+                for (int r = 0; r < height; ++r) {
+                    Y* to = out + at + (int64_t)r * a.width * a.step;
+                    if (whole) store(to, acc[r]);
+                    else for (int l = 0; l < count; ++l) to[l * a.step] = acc[r][l];
+                }
             }
     });
 }
@@ -515,22 +605,23 @@ template <class Body> static int guarded(Body body) {
     return 0;
 }
 
-template <bool grad> static void add_gather(float* out, const float* source, const float* w, const float* x,
-                                            const Gather& a, int64_t threads) {
-    if (a.C == 1 && a.M == 1) add_depthwise<grad>(out, source, w, x, a, int(threads));
-    else add_panels<grad>(out, source, w, x, a, int(threads));
-}
+static bool depthwise(const ConvShape* s) { return s->G == s->C && s->G == s->M; }
 
 extern "C" int add_conv2d_forward(float* y, const float* x, const float* w, const ConvShape* s, int64_t threads) {
-    return outputs(*s) == 0 ? 0 : guarded([&] { add_gather<false>(y, x, w, nullptr, forward_gather(*s), threads); });
+    return outputs(*s) == 0 ? 0 : guarded([&] {
+        if (depthwise(s)) add_depthwise<false>(y, x, w, x, forward_gather(*s), int(threads));
+        else add_forward(y, x, w, forward_gather(*s), int(threads));
+    });
 }
 
 extern "C" int add_conv2d_grad_x(float* gx, const float* g, const float* x, const float* w, const ConvShape* s,
                                  int64_t threads) {
     return inputs(*s) == 0 ? 0 : guarded([&] {
-        for (int i = 0; i < std::min(s->S, s->H); ++i)
-            for (int j = 0; j < std::min(s->S, s->W); ++j)
-                add_gather<true>(gx, g, w, x, grad_x_gather(*s, i, j), threads);
+        for (int k = 0; k < std::min(s->S, s->H) * std::min(s->S, s->W); ++k) {
+            const Gather a = grad_x_gather(*s, k / std::min(s->S, s->W), k % std::min(s->S, s->W));
+            if (depthwise(s)) add_depthwise<true>(gx, g, w, x, a, int(threads));
+            else add_grad_x(gx, g, x, w, a, int(threads));
+        }
         for (int64_t k = 0; k < (int64_t)s->M * (s->C / s->G) * s->KH * s->KW; ++k) mark_nan_weight(gx, w, *s, k);
     });
 }
@@ -570,77 +661,10 @@ extern "C" int shift_conv2d_int(int64_t* y, const int32_t* x, const uint8_t* pac
     });
 }
 
-#ifdef __x86_64__
-// minus the sums of the 64-bit lanes of four vectors (their upper halves are 0)
-typedef int32_t quad __attribute__((vector_size(16)));
-static inline quad minus_totals(const bytes* s) {
-    const auto ab = MM(shuffle_ps)((vec)s[0], (vec)s[1], 0x88), cd = MM(shuffle_ps)((vec)s[2], (vec)s[3], 0x88);
-    const ivec sum = (ivec)MM(shuffle_ps)(ab, cd, 0x88) + (ivec)MM(shuffle_ps)(ab, cd, 0xdd);
-    quad total{};
-    UNROLL for (int l = 0; l < LANES; l += 4) total -= load<quad>((const int32_t*)&sum + l);
-    return total;
-}
-
-// add_conv2d_u8 by psadbw, the sum of absolute differences of bytes, in tiles of 4 pixels x 2 filters. x is laid out with
-// channels last, then the patches of TILE pixels one after the other; zeros pad x, and patches and filters to `depth`.
-static void add_u8_panels(int32_t* y, const uint8_t* x, const uint8_t* w, const Gather& a, int threads) {
-    constexpr int TILE = 16, VB = sizeof(bytes);
-    const int area = a.KH * a.KW, row = a.KW * a.C;
-    const int64_t rows = (a.A - 1) * a.S + a.KH, columns = (a.B - 1) * a.S + a.KW, map = (int64_t)a.A * a.B;
-    const int64_t depth = ceil_div((int64_t)a.taps(), VB) * VB, size = TILE * depth + 4 * FAR;
-    std::vector<uint8_t> last(a.N * a.G * rows * columns * a.C), filters((a.G * a.M + 1) * depth), work(threads * size);
-    for (int64_t m = 0; m < (int64_t)a.G * a.M; ++m)
-        for (int c = 0; c < a.C; ++c)
-            for (int t = 0; t < area; ++t) filters[m * depth + t * a.C + c] = w[(m * a.C + c) * area + t];
-    parallel((int64_t)a.N * a.G, threads, [&](int64_t image, int) {
-        for (int i = 0; i < std::min<int64_t>(a.H, rows + a.row0); ++i)
-            for (int j = 0; j < std::min<int64_t>(a.W, columns + a.col0); ++j) {
-                uint8_t* to = last.data() + ((image * rows + i - a.row0) * columns + j - a.col0) * a.C;
-                const uint8_t* from = x + (image * a.C * a.H + i) * a.W + j;
-                for (int64_t c = 0, map = (int64_t)a.H * a.W; c < a.C; ++c) to[c] = from[c * map];
-            }
-    });
-    parallel(ceil_div(a.pixels(), TILE) * a.G, threads, [&](int64_t job, int thread) {
-        const int64_t g = job % a.G, q0 = job / a.G * TILE, count = std::min<int64_t>(TILE, a.pixels() - q0);
-        uint8_t* patches = work.data() + thread * size;
-        int64_t at[TILE];
-        for (int l = 0; l < count; ++l) {
-            const int64_t n = (q0 + l) / map, r = (q0 + l) % map;
-            at[l] = (n * a.G + g) * a.M * map + r;
-            const uint8_t* from = last.data() + (((n * a.G + g) * rows + r / a.B * a.S) * columns + r % a.B * a.S) * a.C;
-            for (int u = 0; u < a.KH; ++u) std::copy_n(from + u * columns * a.C, row, patches + l * depth + u * row);
-        }
-        for (int m = 0; m < a.M; m += 2)
-            for (int l = 0; l < count; l += 4) {
-                const uint8_t *patch = patches + l * depth, *filter = filters.data() + (g * a.M + m) * depth;
-                bytes sum0[4] = {}, sum1[4] = {};
-                for (int64_t k = 0; k < depth; k += VB) {
-                    const bytes b0 = opaque(load<bytes>(filter + k)), b1 = opaque(load<bytes>(filter + depth + k));
-                    UNROLL for (int p = 0; p < 4; ++p) {
-                        const bytes v = opaque(load<bytes>(patch + p * depth + k));
-                        sum0[p] += MM(sad_epu8)(v, b0), sum1[p] += MM(sad_epu8)(v, b1);
-                    }
-                }
-                for (int f = 0; f < std::min(2, a.M - m); ++f) {
-                    const quad total = minus_totals(f ? sum1 : sum0);
-                    int32_t* ym = y + (m + f) * map;
-                    if (l + 4 <= count && at[l + 3] == at[l] + 3) store(ym + at[l], total);
-                    else for (int p = 0; p < std::min<int64_t>(4, count - l); ++p) ym[at[l + p]] = total[p];
-                }
-            }
-    });
-}
-#endif
-
 extern "C" int add_conv2d_u8(int32_t* y, const uint8_t* x, const uint8_t* w, const ConvShape* s, int64_t threads) {
-    const Gather a = forward_gather(*s);
     return outputs(*s) == 0 ? 0 : guarded([&] {
-        if (a.C == 1 && a.M == 1) add_depthwise<false>(y, x, w, (const uint8_t*)nullptr, a, int(threads));
-#ifdef __x86_64__
-        else add_u8_panels(y, x, w, a, int(threads));
-#else
-        else int_conv(y, x, s, threads, [=](int64_t k) { return [b = w[k]](int v) { return -std::abs(v - b); }; });
-#endif
+        if (depthwise(s)) add_depthwise<false>(y, x, w, x, forward_gather(*s), int(threads));
+        else add_u8(y, x, w, forward_gather(*s), int(threads));
     });
 }
 

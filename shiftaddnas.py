@@ -1817,17 +1817,20 @@ def forced_path(path):
             os.environ["SHIFTADDNAS_KERNELS"] = before
 
 
-def median_ms(run, device, seconds=0.1):
-    """Median time of run() in ms: one call to warm up, then as many as fit into `seconds`, at least 3."""
-    times, end = [], math.inf
-    while len(times) < 4 or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-        end = min(end, time.perf_counter() + seconds)
-    return statistics.median(times[1:])
+def median_ms(runs, device, seconds=0.1):
+    """Median time in ms of each of several functions. They take turns, so that all meet the same machine: at
+    least 3 turns, until each has run for `seconds`. A turn is two calls, of which the second, warm one counts."""
+    times = [[] for _ in runs]
+    while waiting := [k for k, own in enumerate(times) if len(own) < 3 or sum(own) < 1e3 * seconds]:
+        for k in waiting:
+            for _ in range(2):
+                start = time.perf_counter()
+                runs[k]()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                elapsed = time.perf_counter() - start
+            times[k].append(1e3 * elapsed)
+    return [statistics.median(own) for own in times]
 
 
 def extra_mb(run):
@@ -1875,53 +1878,91 @@ def layer_operators(layer, device):
         yield f"add ({path})", path, add, (x, w), elements, 1
     yield "add (unfold + cdist)", "off", add, (x[::16], w), elements, 16
     yield "add (broadcast)", "", broadcast, (x[::64], w), elements, 64
+    if device == "cpu":
+        bytes_ = [(t * 50 + 128).clamp(0, 255).to(torch.uint8) for t in (x, w)]
+        yield "add u8", "cpu", lambda x, w: add_conv2d_u8(x, w, 1, padding, groups), bytes_, elements, 1
     yield "shift", "", lambda x, w: shift_conv2d(x, w, 1, padding, groups), (x, w), elements, 1
     pairs = 2 * heads.numel() * heads.shape[2]  # q k products and values, elements of this layer's tokens
     yield "attention", "", F.scaled_dot_product_attention, (heads,) * 3, pairs, 1
 
 
-def measure(path, function, inputs, scale, device):
-    """(forward ms, forward + backward ms, extra MB of a forward), scaled to the whole batch."""
+def measure(operators, device):
+    """{name: (forward ms, forward + backward ms, extra MB of a forward, elements)} of the operators of a layer,
+    scaled to the whole batch; forward + backward is nan for bytes."""
 
-    def train():
+    def forward(path, function, inputs):
+        with forced_path(path), torch.no_grad():
+            return function(*inputs)
+
+    def train(path, function, inputs):
         leaves = [t.detach().requires_grad_() for t in inputs]
-        y = function(*leaves)
-        torch.autograd.grad(y, leaves, torch.ones_like(y))
+        with forced_path(path):
+            y = function(*leaves)
+            torch.autograd.grad(y, leaves, torch.ones_like(y))
 
-    with forced_path(path):
-        with torch.no_grad():
-            forward = median_ms(lambda: function(*inputs), device)
-            extra = extra_mb(lambda: function(*inputs)) if device == "cpu" else math.nan
-        return scale * forward, scale * median_ms(train, device), scale * extra
+    names, paths, functions, inputs, elements, scales = zip(*operators)
+    calls = list(zip(paths, functions, inputs))
+    forward_ms = median_ms([functools.partial(forward, *call) for call in calls], device)
+    floats = [k for k, own in enumerate(inputs) if own[0].is_floating_point()]
+    train_ms = dict(zip(floats, median_ms([functools.partial(train, *calls[k]) for k in floats], device)))
+    found = {}
+    for k, name in enumerate(names):
+        extra = extra_mb(functools.partial(forward, *calls[k])) if device == "cpu" else math.nan
+        times = scales[k] * forward_ms[k], scales[k] * train_ms.get(k, math.nan)
+        found[name] = (*times, scales[k] * extra, elements[k])
+    return found
+
+
+def print_ratios(table):
+    """The figures that operators are compared by, from {layer: what measure found}."""
+
+    def ratio(above, below, column):
+        return statistics.geometric_mean(own[above][column] / own[below][column] for own in table.values())
+
+    add = next(name for name in table["linear 512-512"] if name in ("add (cpu)", "add (gpu)"))
+    shares = {}
+    for layer, found in table.items():
+        N, C, _, side, K, _, _ = LAYERS[layer]
+        shares[layer] = found[add][2] / (N * C * K * K * side * side * 4 / 1e6)
+    print("geometric means of the six layers:")
+    for name in next(iter(table.values())):
+        print(f"{name:22} / conv: forward {ratio(name, 'conv', 0):6.2f}  fwd+bwd {ratio(name, 'conv', 1):6.2f}")
+    for name in ("add (unfold + cdist)", "add (broadcast)"):
+        print(f"{name:22} / {add}: forward {ratio(name, add, 0):6.1f}")
+    if "add u8" in next(iter(table.values())):
+        print(f"{add:22} / add u8: forward {ratio(add, 'add u8', 0):6.2f}")
+        text = ", ".join(f"{share:.1%} ({layer})" for layer, share in shares.items())
+        print(f"extra memory of {add} over the im2col matrix: {text}")
 
 
 def operator_table():
-    """Print time, elements a second, share of the ceiling and extra memory of every operator on LAYERS."""
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    """Print time, elements a second, share of the ceiling and extra memory of every operator on LAYERS.
+
+    conv is nn.Conv2d (nn.Linear) without bias, as in the networks. glibc is told to keep freed memory: else a
+    large result costs its page faults at every call or at none, as the calls before have it.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        for option, size in ((-3, 2**25), (-1, 2**30)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)
     names = [line.split(":")[1].strip() for line in cpu_model().splitlines() if line.startswith("model name")]
-    for device in devices:
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         a = torch.randn(1024, 1024, device=device)
-        ceiling = 1024**3 / 1e6 / median_ms(lambda: a @ a, device)
+        ceiling = 1024**3 / 1e6 / median_ms([lambda: a @ a], device)[0]
         name = torch.cuda.get_device_name() if device == "cuda" else (names or [platform.machine()])[0]
         threads = f"{torch.get_num_threads()} threads, " if device == "cpu" else ""
         print(f"{name}, {threads}torch {torch.__version__}; medians; G/s = 10^9 elements a second")
         print(f"ceiling {ceiling:.1f} G/s: a float32 matrix product of 1024 x 1024 (GPU add, 2 FADD: half)")
         titles = f"{'forward ms':>11}{'G/s':>8}{'ceiling':>9}{'fwd+bwd ms':>12}{'extra MB':>10}"
         print(f"{'layer':18}{'operator':22}{titles}")
-        ratios = collections.defaultdict(list)
+        table = {}
         for layer in LAYERS:
-            for operator, path, function, inputs, elements, scale in layer_operators(layer, device):
-                ms, train_ms, extra = measure(path, function, inputs, scale, device)
-                if operator == "conv":
-                    conv = ms, train_ms
-                ratios[operator].append((ms / conv[0], train_ms / conv[1]))
+            table[layer] = measure(layer_operators(layer, device), device)
+            for operator, (ms, train_ms, extra, elements) in table[layer].items():
                 rate = elements / 1e6 / ms
                 figures = f"{ms:11.2f}{rate:8.1f}{rate / ceiling:9.0%}{train_ms:12.2f}{extra:10.1f}"
                 print(f"{layer:18}{operator:22}{figures}")
-        for operator, pairs in ratios.items():
-            forward, train = (statistics.geometric_mean(column) for column in zip(*pairs))
-            print(f"{operator:22} / conv, geometric mean: forward {forward:6.2f}  fwd+bwd {train:6.2f}")
-    if "cuda" not in devices:
+        print_ratios(table)
+    if not torch.cuda.is_available():
         print("gpu: not measured (no GPU that torch can use)")
 
 
