@@ -39,13 +39,13 @@ from train import Config, Sentences, accuracy, check_device, file_name, flag, lo
 from train import join_processes, make_model, output_folder, parse, processes, rank, recalibrate
 from train import run_command, space_of, tested, token_loss, train, translate, write_text
 
-SINGLE = ("arch", "init", "translate", "evaluate", "convert", "benchmark")  # flags of train.py alone
+SINGLE = ("arch", "init", "compile", "translate", "evaluate", "convert", "benchmark")  # of train.py alone
 TRIES = 200  # draws for one child before the search says that the budget leaves nothing new
 
 
 @dataclass
 class SearchConfig(Config):
-    """Flags of search.py: those of train.py (but --arch, --init) and the evolution's."""
+    """Flags of search.py: those of train.py (but SINGLE) and the evolution's."""
 
     budget: float = flag(
         0.5,

@@ -1507,31 +1507,38 @@ sys.path.insert(0, sys.argv[1])
 import torch._dynamo  # what the first step imports, once for all lives
 import train
 kills, out, flags = int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
-train.SAVE_SHARE, draw, halves = 0.5, random.Random(0), 0
+train.SAVE_SHARE, draw, halves, steps = 0.5, random.Random(0), 0, [0]
+path = out / "killed" / "supernet.pt"
 
-def live(out, seconds=None):
+def live(folder, until=None):
     pid = os.fork()
     if not pid:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        train.main(flags + ["--resume", "--out", str(out)])
+        train.main(flags + ["--resume", "--out", str(folder)])
         os._exit(0)
-    if seconds:
-        time.sleep(seconds)
+    while until and not until():
+        time.sleep(0.001)
+    if until:
         os.kill(pid, signal.SIGKILL)
-    assert os.waitpid(pid, 0)[1] in ((signal.SIGKILL, 0) if seconds else (0,))
+    assert os.waitpid(pid, 0)[1] == (signal.SIGKILL if until else 0)
+
+def written():
+    return list(path.parent.glob("supernet.pt.*.tmp"))
 
 live(out / "whole")
-steps = [0]
-for _ in range(kills):
-    live(out / "killed", draw.uniform(0.1, 0.6))
-    path = out / "killed" / "supernet.pt"
-    halves += len(list(path.parent.glob("supernet.pt.*.tmp")))
+for kill in range(kills):
+    seen, wait = path.stat().st_mtime_ns if path.exists() else 0, draw.uniform(0, 0.1)
+    if kill % 2:  # while a checkpoint is written
+        live(out / "killed", written)
+    else:  # some time after one
+        live(out / "killed", lambda: path.exists() and path.stat().st_mtime_ns > seen and not time.sleep(wait))
+    halves += len(written())
     for rest in path.parent.glob("*.tmp"):
         rest.unlink()
-    steps.append(train.load_checkpoint(path)["step"] if path.exists() else 0)
-assert steps == sorted(steps)
+    steps.append(train.load_checkpoint(path)["step"])
+assert steps == sorted(steps) and 0 < steps[-1] and halves, (steps, halves)
 live(out / "killed")
-print(f"{kills} kills after the steps {steps[1:]}, {halves} of them left a half-written file")
+print(f"{kills} kills, resumed from the steps {steps[1:]}; {halves} left a half-written file")
 """
 
 
@@ -1540,7 +1547,7 @@ def test_runs_killed_at_random_moments_end_with_the_losses_of_a_whole_run(tiny_d
     flags = ["--data", tiny_data, "--epochs", f"{4 * kills}", "--batch", "30", "--ema", "0.9", "--mixup", "1"]
     run = subprocess.run(
         [sys.executable, "-c", KILLED, ROOT, str(kills), tmp_path, *flags], capture_output=True, text=True,
-        env=ONE_THREAD,
+        env=ONE_THREAD, timeout=600,
     )
     assert run.returncode == 0, run.stderr
     print(run.stdout)

@@ -133,7 +133,7 @@ class Config:
     translate: str = flag("", "no training: checkpoint of a network that translates standard input")
     evaluate: str = flag("", "no training: checkpoint of a network that is tested")
     convert: str = flag("", "no training: official checkpoint of --arch, made one of this program")
-    benchmark: bool = flag(False, "no training: times a few steps and the loading of random images")
+    benchmark: bool = flag(False, "no training: times a few steps and loading, random images", only="images")
 
 
 WMT = {"schedule": "cosine", "lr": 1e-3, "warmup": 10000, "beta2": 0.98, "weight_decay": 0.0}
