@@ -1819,7 +1819,7 @@ def forced_path(path):
 
 def median_ms(runs, device, seconds=0.1):
     """Median time in ms of each of several functions. They take turns, so that all meet the same machine: at
-    least 3 turns, until each has run for `seconds`. A turn is two calls, of which the second, warm one counts."""
+    least 3 turns, until each has run for `seconds`. Of the two calls of a turn the second, warm one counts."""
     times = [[] for _ in runs]
     while waiting := [k for k, own in enumerate(times) if len(own) < 3 or sum(own) < 1e3 * seconds]:
         for k in waiting:
@@ -1887,7 +1887,7 @@ def layer_operators(layer, device):
 
 
 def measure(operators, device):
-    """{name: (forward ms, forward + backward ms, extra MB of a forward, elements)} of the operators of a layer,
+    """{name: (forward ms, forward + backward ms, extra MB of a forward, elements)} of a layer's operators,
     scaled to the whole batch; forward + backward is nan for bytes."""
 
     def forward(path, function, inputs):
@@ -1926,7 +1926,8 @@ def print_ratios(table):
         shares[layer] = found[add][2] / (N * C * K * K * side * side * 4 / 1e6)
     print("geometric means of the six layers:")
     for name in next(iter(table.values())):
-        print(f"{name:22} / conv: forward {ratio(name, 'conv', 0):6.2f}  fwd+bwd {ratio(name, 'conv', 1):6.2f}")
+        forward, train = (ratio(name, "conv", column) for column in (0, 1))
+        print(f"{name:22} / conv: forward {forward:6.2f}  fwd+bwd {train:6.2f}")
     for name in ("add (unfold + cdist)", "add (broadcast)"):
         print(f"{name:22} / {add}: forward {ratio(name, add, 0):6.1f}")
     if "add u8" in next(iter(table.values())):
