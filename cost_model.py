@@ -48,7 +48,7 @@ import numpy as np
 import torch
 
 from shiftaddnas import OPS, SOURCES, TokenSpace, build, cpu_model, find_space, kernel_build
-from train import rank, read_arch, replace_file, write_text
+from train import rank, read_arch, replace_file, run_command, write_text
 
 # pJ an operation, by bits (45 nm: ShiftAddNet Table 1; official get_unit_energy)
 COMPUTE_PJ = {32: {"mult": 3.7, "add": 0.9, "shift": 0.13}, 8: {"mult": 0.2, "add": 0.03, "shift": 0.024}}
@@ -625,7 +625,9 @@ def _measured(space, archs, path, image):
 def main(argv=None):
     """Exit code 0, or 2 with one sentence on stderr."""
     try:
-        print(_run(_parse(argv)))
+        print(_run(_parse(argv)), flush=True)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ImportError) as error:
         print(f"cost_model.py: {error}", file=sys.stderr)
         return 2
@@ -633,4 +635,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

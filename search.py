@@ -473,7 +473,23 @@ def write_results(config, space, scores, finalists, rows, samples):
 
 def summarise(folders, out):
     """Mean and standard deviation over finished searches: printed, and in out/search.{md,json}."""
-    runs = [json.loads((Path(folder) / "search.json").read_text()) for folder in folders]
+    names, kept = ("seed", "winner", "budget", "table", "config", "translations"), []
+    for folder in folders:
+        try:
+            run = json.loads((Path(folder) / "search.json").read_text(encoding="utf-8"))
+            scores = {key: round(fitness, 4) for key, fitness in run["scores"].items()}
+            kept.append({name: run[name] for name in names if name in run} | {"scores": scores})
+            lines = summary(kept)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise ValueError(f"--summary: {folder} does not hold a whole search.json of a search") from None
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_text(json.dumps({"runs": kept}, indent=1), os.path.join(out, "search.json"))
+    write_text("\n".join(lines) + "\n", os.path.join(out, "search.md"))
+    print("\n".join(lines))
+
+
+def summary(runs):
+    """Lines of the table of several searches, in markdown."""
     first = runs[0]["table"][0]
     measure, title = quality([first])
     titles = ["network", title, f"energy of {first['name']}", "latency ms", "params", "archs"]
@@ -489,14 +505,7 @@ def summarise(folders, out):
             f"| {rows[0]['name']} | {reached.mean():.2f} ± {spread[0]:.2f} | "
             f"{share.mean():.0f} % ± {spread[1]:.0f} | {latency:.4f} | {params:,.0f} | {archs} |"
         )
-    names = ("seed", "winner", "budget", "table", "config", "translations")
-    kept = [{name: run[name] for name in names if name in run} for run in runs]
-    for own, run in zip(kept, runs):
-        own["scores"] = {key: round(fitness, 4) for key, fitness in run.get("scores", {}).items()}
-    Path(out).mkdir(parents=True, exist_ok=True)
-    write_text(json.dumps({"runs": kept}, indent=1), os.path.join(out, "search.json"))
-    write_text("\n".join(lines) + "\n", os.path.join(out, "search.md"))
-    print("\n".join(lines))
+    return lines
 
 
 # ---------------------------------------------------------------------------------------- sharing study

@@ -1819,7 +1819,7 @@ def forced_path(path):
 
 def median_ms(runs, device, seconds=0.1):
     """Median time in ms of each of several functions. They take turns, so that all meet the same machine: at
-    least 3 turns, until each has run for `seconds`. Of the two calls of a turn the second, warm one counts."""
+    least 3 turns, until each has run for `seconds`. Of a turn's two calls the second, warm one counts."""
     times = [[] for _ in runs]
     while waiting := [k for k, own in enumerate(times) if len(own) < 3 or sum(own) < 1e3 * seconds]:
         for k in waiting:

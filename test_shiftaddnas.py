@@ -1531,7 +1531,8 @@ for kill in range(kills):
     if kill % 2:  # while a checkpoint is written
         live(out / "killed", written)
     else:  # some time after one
-        live(out / "killed", lambda: path.exists() and path.stat().st_mtime_ns > seen and not time.sleep(wait))
+        written = lambda: path.exists() and path.stat().st_mtime_ns > seen
+        live(out / "killed", lambda: written() and not time.sleep(wait))
     halves += len(written())
     for rest in path.parent.glob("*.tmp"):
         rest.unlink()
@@ -2258,6 +2259,40 @@ def test_the_summary_has_mean_and_deviation_over_the_seeds(tmp_path, capsys, mon
     kept = json.loads((tmp_path / "results" / "search.json").read_text())
     assert [run["seed"] for run in kept["runs"]] == [0, 1, 2]
     assert kept["runs"][1]["scores"] == {"s": 81.1235}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"table": [], "scores": {}}'])
+def test_a_summary_names_the_folder_that_holds_no_search(content, tmp_path):
+    (tmp_path / "search.json").write_text(content)
+    with pytest.raises(ValueError, match="does not hold a whole search.json"):
+        search.main(["--summary", str(tmp_path), "--out", str(tmp_path / "o")])
+
+
+@pytest.mark.parametrize("folder", ["results", "results/translation"])
+def test_tables_of_the_readme_and_of_results_are_those_of_the_measured_runs(folder):
+    lines = search.summary(json.loads((ROOT / folder / "search.json").read_text())["runs"])
+    table = "\n".join(lines) + "\n"
+    assert (ROOT / folder / "search.md").read_text(encoding="utf-8") == table
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def readme_commands():
+    """(program, flags) of each line of the README's code blocks, and of its inline code, that runs one."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"(?:python|torchrun --nproc-per-node \d+) (\w+\.py)((?: [^\s`#;&)]+)*)", text)
+    return sorted({(program, flags.replace("\n", " ")) for program, flags in found})
+
+
+@pytest.mark.parametrize("program, flags", readme_commands())
+def test_each_command_of_the_readme_is_understood(program, flags):
+    flags = flags.replace("$s", "0").split()
+    if program == "cost_model.py":
+        cost_model._parse(flags)
+    elif program in ("train.py", "search.py"):
+        classes = {"train.py": (train.Config, ()), "search.py": (search.SearchConfig, search.SINGLE)}
+        train.parse(classes[program][0], "", flags, classes[program][1])
+    else:
+        assert (program, flags) == ("shiftaddnas.py", [])
 
 
 @pytest.fixture

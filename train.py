@@ -268,7 +268,7 @@ def run_command(main):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("interrupted; a training goes on with the same command and --resume", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
         if processes() == 1:
