@@ -1531,8 +1531,8 @@ for kill in range(kills):
     if kill % 2:  # while a checkpoint is written
         live(out / "killed", written)
     else:  # some time after one
-        written = lambda: path.exists() and path.stat().st_mtime_ns > seen
-        live(out / "killed", lambda: written() and not time.sleep(wait))
+        there = lambda: path.exists() and path.stat().st_mtime_ns > seen
+        live(out / "killed", lambda: there() and not time.sleep(wait))
     halves += len(written())
     for rest in path.parent.glob("*.tmp"):
         rest.unlink()
