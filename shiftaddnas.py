@@ -684,8 +684,8 @@ class SharedWeight(nn.Module):
         return own
 
     def sample(self, op, limit=512):
-        """(elements that op reads, at most about `limit`, evenly strided, in units of std or b, density): what
-        Supernet.divergence compares with DENSITIES[density], the target in these units."""
+        """(elements that op reads, about `limit`, evenly strided, in units of std or b; name of the target
+        density in DENSITIES)."""
         transformed = op in self.transformed and self.learned
         w = self.weight_for(op) / self.b if transformed else self.w / self.std
         return w.flatten()[:: max(1, w.numel() // limit)], "laplace" if transformed else "normal"
