@@ -601,6 +601,7 @@ class Sharing:
     bins: int = 100  # slopes of T
     learned: bool = False  # the slopes are parameters, as published
     gain: float = 0.5**0.5  # b / std: scale of the Laplacian over that of the Gaussian; equal variances
+    balanced: bool = True  # the gradient of T(w) gets the length of the other operators' on w
     eta: float = 0.0  # add layers normalise the gradient of T(w) to this (HybridConv2d); 0: not
     official: bool = False  # the defects that D3 and D5 mend, for comparison (see SharedWeight)
 
@@ -608,7 +609,7 @@ class Sharing:
 SHARING = {
     "none": Sharing(shared="", transformed=""),
     "naive": Sharing(transformed=""),
-    "official": Sharing(transformed="sa", learned=True, eta=0.2, official=True),
+    "official": Sharing(transformed="sa", learned=True, balanced=False, eta=0.2, official=True),
     "heterogeneous": Sharing(),
 }
 REACH = 5.0  # the bins of T cut -REACH std .. REACH std
@@ -629,11 +630,15 @@ class SharedWeight(nn.Module):
 
     T sends the Gaussian to the Laplacian, quantile to quantile: T(w) = F_Laplace^-1(Phi(w / std)), that is
     -sign(w) b (log 2 + log Phi(-|w| / std)). It is read from a table: T(w) / w at the centres of `bins` equal
-    bins of -REACH std .. REACH std, the outer ones open. T is monotone, T(w) Laplacian if w is Gaussian, and
-    with gain = sqrt(1/2) of the variance of w, so that adds and convolutions pass gradients of one size to
-    w. Gradient: slope * gradient of T(w); bins carry none. A KL is the same before and after an invertible
-    map, so one term, KL(w || N(0, std^2)), holds both densities. sharing.learned: the slopes are parameters,
-    and T(w) has a term of its own. Source: abstract; official hytra_ops_ws_dist.py (deviations D3, D4, D5).
+    bins of -REACH std .. REACH std, the outer ones open. T is monotone, and T(w) is Laplacian if w is
+    Gaussian, with gain = sqrt(1/2) of the variance of w. A KL is the same before and after an invertible map,
+    so one term, KL(w || N(0, std^2)), holds both densities. sharing.learned: the slopes are parameters, and
+    T(w) has a term of its own.
+
+    Gradient on w of an add: slope * gradient of T(w); bins carry none. In a backward pass that other
+    operators take part in too (SearchSpace.sample_fairly) it gets the length of theirs: the batch norms
+    behind L1 distances leave 1/100 to 1/100,000 of it, and w would belong to conv and shift alone.
+    Source: abstract; official hytra_ops_ws_dist.py (deviations D3, D4, D5).
 
     sharing.official has the official form instead: w and the slopes start as N(0, 1), shift reads a T of its
     own, and the bins cut the range of w, whose largest element falls out of the half-open last one and
@@ -653,6 +658,9 @@ class SharedWeight(nn.Module):
             self.w = nn.Parameter(torch.randn(shape) * std)
         ops = [OPS[letter] for letter in sharing.transformed]
         self.transformed = [op for op in ops if op in readers and len(readers) > 1]
+        self.added = None  # gradient on w through T in the backward pass at hand
+        if self.transformed and sharing.balanced:
+            self.w.register_hook(self.balance)
         for op in self.transformed:
             slope = laplace_slopes(sharing.bins, sharing.gain)
             if self.learned:
@@ -671,8 +679,25 @@ class SharedWeight(nn.Module):
         lo, hi = w.aminmax() if self.official else (-REACH * self.std, REACH * self.std)
         unit = (w - lo) / (hi - lo)
         index = (unit * len(slope)).long().clamp_(0, len(slope) - 1)
-        transformed = self.w * slope.index_select(0, index.flatten()).view_as(w)
+        source = self.w.view_as(self.w)
+        if source.requires_grad:
+            source.register_hook(self.keep)
+        transformed = source * slope.index_select(0, index.flatten()).view_as(w)
         return transformed * (unit < 1) if self.official else transformed
+
+    def keep(self, grad):
+        """Hook of what reaches w through T."""
+        self.added = grad if self.added is None else self.added + grad
+
+    def balance(self, grad):
+        """Hook of w's whole gradient, rest + added -> rest + added |rest| / |added|; as it is if only one of
+        them is there."""
+        added, self.added = self.added, None
+        if added is None:
+            return grad
+        rest = grad - added
+        lengths = rest.norm(), added.norm()
+        return torch.where(lengths[0] * lengths[1] > 0, rest + added * (lengths[0] / lengths[1]), grad)
 
     def owned(self, op):
         """What op reads now, as a SharedWeight of its own: same output, nothing shared or transformed."""

@@ -746,6 +746,36 @@ def test_gradient_reaches_the_weight_of_every_op(mode, letter):
     assert (cells[0] is cells[1] is cells[2]) == (mode != "none")
 
 
+def test_gradients_of_conv_shift_and_add_on_a_shared_weight_are_of_one_size():
+    space = replace(FASHION, name="shallow", ops=("csa",) * 3, depths=((1, 1, 1),))
+    data, generator, config = train.load_data("", FASHION), rng(), train.Config()
+    supernet = Supernet(space).train()
+    for block in supernet.blocks.values():
+        torch.nn.init.ones_(block.bn3.weight)
+    shared = [m.w for m in supernet.modules() if isinstance(m, SharedWeight) and m.transformed]
+    optimizer = train.make_optimizer(supernet, config)
+
+    def ratios():
+        x, y = data.batch(torch.arange(90), generator)
+        logits = supernet(x, ["c/c/c", "s/s/s", "a/a/a"])
+        loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+        conv, shift, both = (
+            torch.autograd.grad(part.sum(), shared, retain_graph=True)
+            for part in (loss[:30], loss[30:60], loss)
+        )
+        add = [total - c - s for total, c, s in zip(both, conv, shift)]
+        sizes = [[g.norm() for g in row] for row in zip(conv, shift, add)]
+        return [max(row) / min(row) for row in sizes]
+
+    assert max(ratios()) < 10
+    for step in range(100):
+        batch = data.batch(torch.randint(5000, (30,), generator=generator), generator)
+        optimizer.zero_grad()
+        train.backward(config, supernet, "", space.sample_fairly(generator), [batch], generator)
+        optimizer.step()
+    assert max(ratios()) < 10
+
+
 def test_eta_makes_the_weight_gradient_as_long_as_adder_nets():
     layer = HybridConv2d("add", 3, 8, 3, eta=0.2)
     for scale in (1.0, 50.0):
