@@ -383,7 +383,8 @@ def write_results(config, space, scores, finalists, rows, samples):
     write_text(json.dumps(result, indent=1), out / "search.json")
     write_text(json.dumps({"space": space.name, "arch": winner}), out / "winner.json")
     print_table(rows)
-    plot_pareto(scores, space, rows, out / "pareto.png")
+    if not rank():
+        plot_pareto(scores, space, rows, out / "pareto.png")
 
 
 def summarise(folders, out):

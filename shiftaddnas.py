@@ -36,12 +36,12 @@ Deviations from the official code (github.com/RICE-EIC/ShiftAddNAS, folder CV)
         weights that reach one output position do not sum to 1.
     D2  the strided add gradient divides by the stride before it tests the range; theirs tests first and
         loses up to 75 % of the input gradient.
-    D3  T has a closed last bin (theirs maps the largest weight to 0) and starts as the map from the fitted
-        Gaussian to a Laplacian (theirs as noise, which flips the sign of half of the bins).
+    D3  T is the map from the Gaussian to a Laplacian, in closed form (theirs learns slopes that start as
+        noise, which flips the sign of half of the bins, and sends the largest weight to 0).
     D4  the divergences compare distributions; theirs compares a softmax over positions with noise, for add
         only (kept as kl="official").
-    D5  shared weights start with the fan-in standard deviation (theirs N(0, 1)) and the add gradient is not
-        eta-normalised on them (theirs outgrows the convolution's 3,000 times).
+    D5  shared weights start with the fan-in standard deviation (theirs N(0, 1)), and the add gradient on them
+        gets the length of the other operators' (theirs is eta-normalised, 2,000 times as long).
     D6  only cells that some arch can reach are built (136.8 of 615.4 million parameters in `hytra`).
     D7  crossover keeps the depth pattern of one parent, so a child is always inside the space.
     D8  (folder NLP) an add over time is an add in decoding too; theirs multiplies there.
