@@ -48,6 +48,16 @@ Deviations from the official code (github.com/RICE-EIC/ShiftAddNAS, folder CV)
     D9  (folder NLP) padding is masked behind the projections of a light operator; positions alternate sine
         and cosine; the light operators of a layer can share their weights (theirs never do); S is of the Q
         form; the encoder's dropout shrinks with its width as every other; IWSLT has one embedding too.
+    D10 a step gives each operator of a position a part of the images (sample_fairly); theirs draws one path.
+
+Why the official form of sharing breaks, and what SharedWeight does instead (measured in results/sharing.md)
+    Theirs: w and the slopes of T are N(0, 1), so half of the bins flip signs and convolutions start at ten
+    times their fan-in scale; adds, eta-normalised, pull w 2,000 times as hard as convolutions, and Adam's
+    steps belong to them alone; the divergence compares positions with noise, which says nothing of a density.
+    Here: w starts and stays N(0, 2 / fan_in), adds read T(w) = F_Laplace^-1(Phi(w / std)) of equal variance,
+    one term, KL(w || N) = KL(T(w) || Laplace), holds both densities, all operators pull with one strength,
+    and each is drawn equally often. T has no parameters. A larger Laplacian (b = 0.5) makes inherited adds as
+    good as convolutions, which trained alone they are not: accuracy gains, the ranking is lost.
 """
 
 import collections
