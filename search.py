@@ -33,11 +33,12 @@ import torch.distributed as dist
 
 from cost_model import ACCOUNTINGS, PRIMITIVES, PUBLISHED, all_of, count_params, draw_levels, figure_at
 from cost_model import measured_latency_ms, measured_table, network_cost, network_layers, operations, short
-from shiftaddnas import SPACES, TYPES, Sharing, SharedWeight, Supernet
-from shiftaddnas import TokenSpace, build, find_space, power_of_two
-from train import Config, Sentences, accuracy, check_device, file_name, flag, load, load_data, load_supernet
-from train import join_processes, make_model, output_folder, parse, processes, rank, recalibrate
-from train import run_command, space_of, tested, token_loss, train, translate, write_text
+from shiftaddnas import REACH, SPACES, TYPES, Sharing, SharedWeight, Supernet, TokenSpace
+from shiftaddnas import build, find_space, median_ms, power_of_two
+from train import Config, Sentences, accuracy, check_device, file_name, flag, load, load_data
+from train import join_processes, load_supernet, make_model, make_optimizer, output_folder, parse, processes
+from train import rank, recalibrate, run_command, space_of, take_step, tested, token_loss, train, translate
+from train import write_text
 
 SINGLE = ("arch", "init", "compile", "translate", "evaluate", "convert", "benchmark")  # of train.py alone
 TRIES = 200  # draws for one child before the search says that the budget leaves nothing new
@@ -511,8 +512,22 @@ def summary(runs):
 # ---------------------------------------------------------------------------------------- sharing study
 
 RESULTS = Path(__file__).parent / "results"
-MODES = ("none", "naive", "official", "heterogeneous")
+MODES = {mode: (mode, {}) for mode in ("none", "naive", "official", "heterogeneous")}
+MODES["official"][1].update(kl="official", kl_weight=10.0)
+ABLATION = {  # what is changed of heterogeneous: sharing, settings of training
+    "single path": (Sharing(), {"sampling": "single"}),
+    "learned slopes": (Sharing(learned=True), {}),
+    "16 bins": (Sharing(bins=16), {}),
+    "gain 0.35": (Sharing(gain=0.5**1.5), {}),
+    "gain 1.41": (Sharing(gain=2**0.5), {}),
+    "gradients as they are": (Sharing(balanced=False), {}),
+    "eta 0.2": (Sharing(balanced=False, eta=0.2), {}),
+    "no divergence": (Sharing(), {"kl_weight": 0.0}),
+    "divergence x 10": (Sharing(), {"kl_weight": 0.1}),
+    "shift not shared": (Sharing(shared="ca"), {}),
+}
 STUDY_SEEDS, ALONE_SEEDS, ALONE_EPOCHS, ALONE_ARCHS, INHERIT_ARCHS = 3, 2, 3, 24, 30
+ABLATION_SEEDS, TIMED_STEPS = 1, 20
 PS_FORM = Sharing(shared="", transformed="", shift_form="PS")  # nothing shared, shift as published
 STUDY_MARK = "<!-- the lines between these marks are written by search.py --study sharing -->\n"
 
@@ -540,8 +555,9 @@ def study(config):
     """Four ways of sharing, the same recipe and steps: does the supernet rank archs as training alone does?
 
     For each mode and seed: accuracy of INHERIT_ARCHS archs with inherited weights after recalibration, its
-    rank correlation with ALONE_ARCHS of them trained alone (ALONE_SEEDS seeds, ALONE_EPOCHS epochs), the
-    network that the mode finds under --budget, retrained, and the time a step. Accuracies on the test images.
+    rank correlation with ALONE_ARCHS of them trained alone (ALONE_SEEDS seeds, ALONE_EPOCHS epochs), and the
+    network that the mode's first supernet finds under --budget, retrained; for a row of ABLATION without it.
+    The time a step is measured beside the others, step by step. Accuracies on the test images.
     Everything measured is kept in <out>/study.json: an interrupted study goes on after its last item.
     """
     space, data = (space := space_of(config)), load_data(config.data, space, config)
@@ -553,8 +569,10 @@ def study(config):
         archs[space.sample(generator)] = None
     jobs = {f"alone {arch} {seed}": partial(train_alone, arch, seed) for seed in range(ALONE_SEEDS)
             for arch in list(archs)[:ALONE_ARCHS]}
-    jobs |= {f"{mode} {seed}": partial(study_supernet, mode, seed, list(archs)) for seed in range(STUDY_SEEDS)
-             for mode in MODES}
+    for variants, seeds in ((MODES, STUDY_SEEDS), (ABLATION, ABLATION_SEEDS)):
+        jobs |= {f"{name} {seed}": partial(study_supernet, name, seed, list(archs))
+                 for seed in range(seeds) for name in variants}
+    jobs["time"] = time_steps
     for number, (key, job) in enumerate(jobs.items(), 1):
         if key not in known:
             known[key] = job(config, space, data, folder)
@@ -573,35 +591,75 @@ def train_alone(arch, seed, config, space, data, folder):
     return accuracy(network, data, data.test, config.device)
 
 
-def study_supernet(mode, seed, archs, config, space, data, folder):
-    """What one supernet gives: inherited accuracies, time a step, what it finds, and that retrained."""
-    official = {"kl": "official", "kl_weight": 10.0} if mode == "official" else {}
-    path, started = folder / f"{mode}-{seed}.pt", time.monotonic()
-    own = replace(config, sharing=mode, seed=seed, out=str(path.with_suffix("")), **official)
+def study_supernet(name, seed, archs, config, space, data, folder):
+    """What one supernet gives: inherited accuracies; a mode's first one also what it finds, retrained."""
+    sharing, settings = (MODES | ABLATION)[name]
+    path = folder / f"{name.replace(' ', '-')}-{seed}.pt"
+    mode = {"sharing": name} if name in MODES else {}
+    own = replace(config, seed=seed, out=str(path.with_suffix("")), **mode, **settings)
     Path(own.out).mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     try:
-        supernet = train(training_config(own), space, data, Supernet(space, mode, seed), "", path)
+        supernet = train(training_config(own), space, data, Supernet(space, sharing, seed), "", path)
     except ValueError as error:  # the loss is not finite any more: a finding of the study, not its end
         return {"diverged": str(error)}
-    steps = len(path.with_suffix(".jsonl").read_text().splitlines())
-    step_ms = 1e3 * (time.monotonic() - started) / steps
     inherited = {}
     for arch in archs:
         network = recalibrate(supernet.extract(arch), data, device=config.device)
         inherited[arch] = accuracy(network, data, data.test, config.device)
-    scores = search(own, space, data, supernet, folder / f"{mode}-{seed}-search.json")
+    if name in ABLATION or seed:
+        return {"inherited": inherited}
+    scores = search(own, space, data, supernet, folder / f"{name}-{seed}-search.json")
     found = min(scores, key=lambda arch: (-scores[arch], arch))
     tested = accuracy(retrain(training_config(own), space, data, found), data, data.test, config.device)
-    return {"inherited": inherited, "step_ms": step_ms, "found": found, "found_accuracy": tested}
+    return {"inherited": inherited, "found": found, "found_accuracy": tested}
 
 
-def study_row(space, mode, archs, known):
-    """The figures of one mode: mean and deviation over those of its supernets that did not diverge."""
-    params, none, none_ps = (parameters(space, form) for form in (mode, "none", PS_FORM))
+def time_steps(config, space, data, folder):
+    """Median ms of a training step of each variant, all with the same archs and images, one after the other;
+    and T of the largest weight as one gather and as the official hundred masked passes, ms."""
+    generator, rows = torch.Generator().manual_seed(0), {}
+    for name, (sharing, settings) in (MODES | ABLATION).items():
+        own, net = training_config(config, **settings), Supernet(space, sharing).to(config.device).train()
+        rows[name] = own, net, make_optimizer(net, own), []
+    for _ in range(TIMED_STEPS + 2):
+        batch = data.batch(data.epoch(config.batch, generator)[0], generator)
+        drawn = {"fair": space.sample_fairly(generator), "single": space.sample(generator)}
+        for own, net, optimizer, times in rows.values():
+            started = time.perf_counter()
+            take_step(own, net, optimizer, "", [drawn[own.sampling]], [batch], [generator], None)
+            optimizer.step()
+            times.append(1e3 * (time.perf_counter() - started))
+    weight = largest_transformed(rows["heterogeneous"][1])
+    ways = [lambda: weight.weight_for("add"), lambda: masked_transform(weight)]
+    gather, masked = median_ms(ways, config.device)
+    return {name: times[2:] for name, (*_, times) in rows.items()} | {"gather": gather, "masked": masked}
+
+
+def largest_transformed(supernet):
+    """The largest SharedWeight that some operator reads through T."""
+    shared = (m for m in supernet.modules() if isinstance(m, SharedWeight) and m.transformed)
+    return max(shared, key=lambda m: m.w.numel())
+
+
+@torch.no_grad()
+def masked_transform(weight):
+    """T(w) as the official code computes it: one pass over the whole tensor for each bin."""
+    w, slope = weight.w, weight.slope_add
+    z = ((w / (REACH * weight.std) + 1) * len(slope) / 2).clamp(0, len(slope) - 0.5)
+    total = torch.zeros_like(w)
+    for index in range(len(slope)):
+        total += w * ((z >= index) & (z < index + 1)) * slope[index]
+    return total
+
+
+def study_row(space, name, archs, known):
+    """The figures of one variant: mean and deviation over those of its supernets that did not diverge."""
+    sharing, count = (MODES | ABLATION)[name][0], STUDY_SEEDS if name in MODES else ABLATION_SEEDS
+    params, none, none_ps = (parameters(space, form) for form in (sharing, "none", PS_FORM))
     archs, seeds = archs[:ALONE_ARCHS], range(ALONE_SEEDS)
     alone = [np.mean([known[f"alone {arch} {seed}"] for seed in seeds]) for arch in archs]
-    runs = [known[f"{mode} {seed}"] for seed in range(STUDY_SEEDS)]
+    runs = [known[f"{name} {seed}"] for seed in range(count)]
     runs = [run for run in runs if "diverged" not in run]
     inherited = [list(run["inherited"].values()) for run in runs]
     columns = {
@@ -609,35 +667,53 @@ def study_row(space, mode, archs, known):
         "deviation": [np.std(row) for row in inherited],
         "kendall_tau": [kendall_tau(row[: len(alone)], alone) for row in inherited],
         "spearman": [spearman(row[: len(alone)], alone) for row in inherited],
-        "found_accuracy": [run["found_accuracy"] for run in runs],
-        "step_ms": [run["step_ms"] for run in runs],
+        "found_accuracy": [run["found_accuracy"] for run in runs if "found" in run],
     }
+    ratios = [own / base for own, base in zip(known["time"][name], known["time"]["none"])]
     row = {"params": params, "params_over_none": params / none, "params_over_none_ps": params / none_ps}
-    row["diverged"] = STUDY_SEEDS - len(runs)
-    row |= {name: float(np.mean(values)) for name, values in columns.items()}
+    row |= {"step_ms": np.median(known["time"][name]), "step_over_none": np.median(ratios)}
+    row["diverged"] = count - len(runs)
+    row |= {name: float(np.mean(values)) for name, values in columns.items() if values}
     return row | {f"{name}_seeds": [round(float(v), 4) for v in values] for name, values in columns.items()}
+
+
+def table(rows):
+    """Markdown of {name: study_row}; the deviation over seeds behind a mean."""
+    columns = [name for name in next(iter(rows.values())) if not name.endswith("_seeds")]
+    lines = [f"| sharing | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        figures = [f"{row['params']:,}"]
+        for column in columns[1:]:
+            seeds = row.get(column + "_seeds", [])
+            spread = f" ± {np.std(seeds, ddof=1):.2f}" if len(seeds) > 1 else ""
+            figures.append(f"{row[column]:.2f}{spread}" if column in row else "")
+        lines.append(f"| {name} | {' | '.join(figures)} |")
+    return lines
 
 
 def write_study(space, archs, known):
     """results/sharing.json and results/sharing.md from all that the study measured."""
-    modes = {mode: study_row(space, mode, archs, known) for mode in MODES}
+    modes, ablation = (
+        {name: study_row(space, name, archs, known) for name in rows} for rows in (MODES, ABLATION)
+    )
     first, second = ([known[f"alone {arch} {seed}"] for arch in archs[:ALONE_ARCHS]] for seed in (0, 1))
-    ceiling = {"kendall_tau": kendall_tau(first, second), "spearman": spearman(first, second)}
+    agree = {"kendall_tau": kendall_tau(first, second), "spearman": spearman(first, second)}
     hytra = {mode: parameters(SPACES["hytra"], mode) for mode in ("none", "heterogeneous")}
-    report = {"space": space.name, "modes": modes, "seeds_agree": ceiling, "hytra_params": hytra}
+    hytra["none, PS"] = parameters(SPACES["hytra"], PS_FORM)
+    report = {"space": space.name, "modes": modes, "ablation": ablation, "seeds_agree": agree}
+    report |= {"hytra_params": hytra, "measured": known}
     RESULTS.mkdir(exist_ok=True)
-    write_text(json.dumps({**report, "measured": known}, indent=1), RESULTS / "sharing.json")
-    columns = [name for name in modes["none"] if not name.endswith("_seeds")]
-    lines = [f"| sharing | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for mode, row in modes.items():
-        figures = [f"{row['params']:,}"]
-        for name in columns[1:]:
-            seeds = row.get(name + "_seeds", [])
-            spread = f" ± {np.std(seeds, ddof=1):.2f}" if len(seeds) > 1 else ""
-            figures.append(f"{row[name]:.2f}{spread}")
-        lines.append(f"| {mode} | {' | '.join(figures)} |")
-    agree = f"Kendall tau {ceiling['kendall_tau']:.2f}, Spearman {ceiling['spearman']:.2f}"
-    lines.append(f"\nTwo seeds of training alone agree with each other to {agree}.")
+    write_text(json.dumps(report, indent=1), RESULTS / "sharing.json")
+    lines = [*table(modes), ""]
+    ours, gather, masked = hytra["heterogeneous"], known["time"]["gather"], known["time"]["masked"]
+    lines.append(
+        f"Two seeds of training alone agree to Kendall tau {agree['kendall_tau']:.2f}, Spearman "
+        f"{agree['spearman']:.2f}. T of the largest weight: one gather {gather:.2f} ms, a hundred masked "
+        f"passes {masked:.2f} ms. Parameters in `hytra`: ours {ours:,} of {hytra['none']:,}, or of "
+        f"{hytra['none, PS']:,} with shift as PS: {ours / hytra['none, PS']:.3f}; the official fabric "
+        "238,503,844 of 615,390,116: 0.388.\n"
+    )
+    lines += table({"heterogeneous": modes["heterogeneous"], **ablation})
     old = RESULTS / "sharing.md"
     before, _, after = (old.read_text() if old.exists() else 2 * STUDY_MARK).split(STUDY_MARK)
     write_text(f"{before}{STUDY_MARK}{chr(10).join(lines)}\n{STUDY_MARK}{after}", RESULTS / "sharing.md")
@@ -652,10 +728,7 @@ def plot_weights(space, checkpoint, path):
     except ImportError:
         print(f"no {path.name}: matplotlib is not installed")
         return
-    supernet = load_supernet(checkpoint, space)
-    weights = (module for module in supernet.modules() if isinstance(module, SharedWeight))
-    shared = [module for module in weights if module.transformed]
-    weight = max(shared, key=lambda module: module.w.numel())
+    weight = largest_transformed(load_supernet(checkpoint, space))
     w, added, grid = weight.w, weight.weight_for("add"), torch.linspace(-5, 5, 400) * weight.std
 
     def normal(std):

@@ -36,12 +36,12 @@ Deviations from the official code (github.com/RICE-EIC/ShiftAddNAS, folder CV)
         weights that reach one output position do not sum to 1 (kept for published checkpoints).
     D2  the strided add gradient divides by the stride before it tests the range; theirs tests first and
         loses up to 75 % of the input gradient.
-    D3  T has a closed last bin (theirs maps the largest weight to 0) and starts as the map from the fitted
-        Gaussian to a Laplacian (theirs as noise, which flips the sign of half of the bins).
+    D3  T is the map from the Gaussian to a Laplacian, in closed form (theirs learns slopes that start as
+        noise, which flips the sign of half of the bins, and sends the largest weight to 0).
     D4  the divergences compare distributions; theirs compares a softmax over positions with noise, for add
         only (kept as kl="official").
-    D5  shared weights start with the fan-in standard deviation (theirs N(0, 1)) and the add gradient is not
-        eta-normalised on them (theirs outgrows the convolution's 3,000 times).
+    D5  shared weights start with the fan-in standard deviation (theirs N(0, 1)), and the add gradient on them
+        gets the length of the other operators' (theirs is eta-normalised, 2,000 times as long).
     D6  only cells that some arch can reach are built (136.8 of 615.4 million parameters in `hytra`).
     D7  crossover keeps the depth pattern of one parent, so a child is always inside the space.
     D8  (folder NLP) an add over time is an add in decoding too; theirs multiplies there.
@@ -51,6 +51,16 @@ Deviations from the official code (github.com/RICE-EIC/ShiftAddNAS, folder CV)
     D10 (folder NLP) an add over time is the mean of its distances, theirs the sum: K times as long, the sum
         is a nearly constant vector that drowns the token beside it in the LayerNorm. The factor can be
         folded into W2. On the embedded verses it makes the all-add encoder's BLEU 12.4 instead of 2.1.
+    D11 a step gives each operator of a position a part of the images (sample_fairly); theirs draws one path.
+
+Why the official form of sharing breaks, and what SharedWeight does instead (measured in results/sharing.md)
+    Theirs: w and the slopes of T are N(0, 1), so half of the bins flip signs and convolutions start at ten
+    times their fan-in scale; adds, eta-normalised, pull w 2,000 times as hard as convolutions, and Adam's
+    steps belong to them alone; the divergence compares positions with noise, which says nothing of a density.
+    Here: w starts and stays N(0, 2 / fan_in), adds read T(w) = F_Laplace^-1(Phi(w / std)) of equal variance,
+    one term, KL(w || N) = KL(T(w) || Laplace), holds both densities, all operators pull with one strength,
+    and each is drawn equally often. T has no parameters. A larger Laplacian (b = 0.5) makes inherited adds as
+    good as convolutions, which trained alone they are not: accuracy gains, the ranking is lost.
 """
 
 import collections
@@ -612,6 +622,7 @@ class Sharing:
     bins: int = 100  # slopes of T
     learned: bool = False  # the slopes are parameters, as published
     gain: float = 0.5**0.5  # b / std: scale of the Laplacian over that of the Gaussian; equal variances
+    balanced: bool = True  # the gradient of T(w) gets the length of the other operators' on w
     eta: float = 0.0  # add layers normalise the gradient of T(w) to this (HybridConv2d); 0: not
     official: bool = False  # the defects that D3 and D5 mend, for comparison (see SharedWeight)
 
@@ -619,7 +630,7 @@ class Sharing:
 SHARING = {
     "none": Sharing(shared="", transformed=""),
     "naive": Sharing(transformed=""),
-    "official": Sharing(transformed="sa", learned=True, eta=0.2, official=True),
+    "official": Sharing(transformed="sa", learned=True, balanced=False, eta=0.2, official=True),
     "heterogeneous": Sharing(),
 }
 REACH = 5.0  # the bins of T cut -REACH std .. REACH std
@@ -640,11 +651,15 @@ class SharedWeight(nn.Module):
 
     T sends the Gaussian to the Laplacian, quantile to quantile: T(w) = F_Laplace^-1(Phi(w / std)), that is
     -sign(w) b (log 2 + log Phi(-|w| / std)). It is read from a table: T(w) / w at the centres of `bins` equal
-    bins of -REACH std .. REACH std, the outer ones open. T is monotone, T(w) Laplacian if w is Gaussian, and
-    with gain = sqrt(1/2) of the variance of w, so that adds and convolutions pass gradients of one size to
-    w. Gradient: slope * gradient of T(w); bins carry none. A KL is the same before and after an invertible
-    map, so one term, KL(w || N(0, std^2)), holds both densities. sharing.learned: the slopes are parameters,
-    and T(w) has a term of its own. Source: abstract; official hytra_ops_ws_dist.py (deviations D3, D4, D5).
+    bins of -REACH std .. REACH std, the outer ones open. T is monotone, and T(w) is Laplacian if w is
+    Gaussian, with gain = sqrt(1/2) of the variance of w. A KL is the same before and after an invertible map,
+    so one term, KL(w || N(0, std^2)), holds both densities. sharing.learned: the slopes are parameters, and
+    T(w) has a term of its own.
+
+    Gradient on w of an add: slope * gradient of T(w); bins carry none. In a backward pass that other
+    operators take part in too (SearchSpace.sample_fairly) it gets the length of theirs: the batch norms
+    behind L1 distances leave 1/100 to 1/100,000 of it, and w would belong to conv and shift alone.
+    Source: abstract; official hytra_ops_ws_dist.py (deviations D3, D4, D5).
 
     sharing.official has the official form instead: w and the slopes start as N(0, 1), shift reads a T of its
     own, and the bins cut the range of w, whose largest element falls out of the half-open last one and
@@ -664,6 +679,9 @@ class SharedWeight(nn.Module):
             self.w = nn.Parameter(torch.randn(shape) * std)
         ops = [OPS[letter] for letter in sharing.transformed]
         self.transformed = [op for op in ops if op in readers and len(readers) > 1]
+        self.added = None  # gradient on w through T in the backward pass at hand
+        if self.transformed and sharing.balanced:
+            self.w.register_hook(self.balance)
         for op in self.transformed:
             slope = laplace_slopes(sharing.bins, sharing.gain)
             if self.learned:
@@ -682,8 +700,25 @@ class SharedWeight(nn.Module):
         lo, hi = w.aminmax() if self.official else (-REACH * self.std, REACH * self.std)
         unit = (w - lo) / (hi - lo)
         index = (unit * len(slope)).long().clamp_(0, len(slope) - 1)
-        transformed = self.w * slope.index_select(0, index.flatten()).view_as(w)
+        source = self.w.view_as(self.w)
+        if source.requires_grad:
+            source.register_hook(self.keep)
+        transformed = source * slope.index_select(0, index.flatten()).view_as(w)
         return transformed * (unit < 1) if self.official else transformed
+
+    def keep(self, grad):
+        """Hook of what reaches w through T."""
+        self.added = grad if self.added is None else self.added + grad
+
+    def balance(self, grad):
+        """Hook of w's whole gradient, rest + added -> rest + added |rest| / |added|; as it is if only one of
+        them is there."""
+        added, self.added = self.added, None
+        if added is None:
+            return grad
+        rest = grad - added
+        lengths = rest.norm(), added.norm()
+        return torch.where(lengths[0] * lengths[1] > 0, rest + added * (lengths[0] / lengths[1]), grad)
 
     def owned(self, op):
         """What op reads now, as a SharedWeight of its own: same output, nothing shared or transformed."""
@@ -695,8 +730,8 @@ class SharedWeight(nn.Module):
         return own
 
     def sample(self, op, limit=512):
-        """(elements that op reads, at most about `limit`, evenly strided, in units of std or b; density):
-        Supernet.divergence compares them with DENSITIES[density], the target in these units."""
+        """(elements that op reads, about `limit`, evenly strided, in units of std or b; name of the target
+        density in DENSITIES)."""
         transformed = op in self.transformed and self.learned
         w = self.weight_for(op) / self.b if transformed else self.w / self.std
         return w.flatten()[:: max(1, w.numel() // limit)], "laplace" if transformed else "normal"

@@ -11,9 +11,10 @@
     python train.py --benchmark --space hytra --image 64 --batch 16      time and memory of its steps
     torchrun --nproc-per-node 2 train.py --accumulate 2   two processes, each with its GPU if there are some
 
-Each step draws one arch uniformly (single path, as the official code does) and minimises
+Each step draws archs uniformly, as many as a position has operators and each operator of a position equally
+often, gives each a part of the images (--sampling single: one arch, as the official code does), and minimises
 
-    cross-entropy(supernet(x, arch), y) + kl_weight * divergence(arch)
+    cross-entropy(supernet(x, archs), y) + kl_weight * divergence(archs)
 
 Data: the embedded grey Fashion-MNIST (5,000 training, 1,000 validation, 2,000 test images), or --data with a
 folder of IDX files, of the official CIFAR python batches, or of {train,test}_{images,labels}.npy (uint8
