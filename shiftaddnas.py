@@ -712,13 +712,14 @@ class SharedWeight(nn.Module):
 
     def balance(self, grad):
         """Hook of w's whole gradient, rest + added -> rest + added |rest| / |added|; as it is if only one of
-        them is there."""
+        them is there. The factor is at most 10^6: an add block that is still shut by its last batch norm
+        passes next to nothing."""
         added, self.added = self.added, None
         if added is None:
             return grad
         rest = grad - added
-        lengths = rest.norm(), added.norm()
-        return torch.where(lengths[0] * lengths[1] > 0, rest + added * (lengths[0] / lengths[1]), grad)
+        factor = (rest.norm() / added.norm().clamp_min(1e-30)).clamp_max(1e6)
+        return torch.where(factor > 0, rest + added * factor, grad)
 
     def owned(self, op):
         """What op reads now, as a SharedWeight of its own: same output, nothing shared or transformed."""
