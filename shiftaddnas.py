@@ -1164,7 +1164,8 @@ class Network(nn.Module):
     def forward(self, x):
         x = self.stem(x)
         for block in self.blocks:
-            x = run_block(block, x, *block.entrances, self.checkpointing)
+            (entrance,) = block.entrances.keys()
+            x = run_block(block, x, entrance, self.checkpointing)
         return self.head(x)
 
 
@@ -1229,7 +1230,8 @@ class Supernet(nn.Module):
 
     One cell per (position, resolution) that some arch reaches, in it one Block per op; conv, shift and add of
     a cell read the cell's SharedWeights as `sharing` says: "none", "naive", "heterogeneous" or a Sharing.
-    A list of archs (sample_fairly) instead of one: each gets an equal part of the images, in their order.
+    A list of archs (sample_fairly) instead of one: each gets an equal part of the images, in their order, and
+    two at least, for batch norm: a batch too small for that leaves the last archs out.
     Never shared: PEG, BN, attention, stem, head. all_cells=True adds the cells no arch reaches and the unused
     slopes, as the official fabric has them, to count its published sizes; forward never enters them.
     checkpointing: as in Network. A supernet has one classifier in every space.
@@ -1286,8 +1288,8 @@ class Supernet(nn.Module):
             yield self.blocks[f"{position}-{resolution}-{letter}"], entrance
 
     def forward(self, x, arch):
-        archs, parts = [arch] if isinstance(arch, str) else arch, []
-        for part, own in zip(self.stem(x).chunk(len(archs)), archs):
+        archs, parts = [arch] if isinstance(arch, str) else arch[: max(1, len(x) // 2)], []
+        for part, own in zip(self.stem(x).tensor_split(len(archs)), archs):
             for block, entrance in self.path(own):
                 part = run_block(block, part, entrance, self.checkpointing)
             parts.append(part)
