@@ -430,9 +430,10 @@ ABLATION = {  # what is changed of heterogeneous: sharing, settings of training
     "no divergence": (Sharing(), {"kl_weight": 0.0}),
     "divergence x 10": (Sharing(), {"kl_weight": 0.1}),
     "shift not shared": (Sharing(shared="ca"), {}),
+    "official, single path": ("official", MODES["official"][1] | {"sampling": "single"}),
 }
 STUDY_SEEDS, ALONE_SEEDS, ALONE_EPOCHS, ALONE_ARCHS, INHERIT_ARCHS = 3, 2, 3, 24, 30
-ABLATION_SEEDS, TIMED_STEPS = 1, 20
+ABLATION_SEEDS, TIMED_STEPS = 2, 20
 PS_FORM = Sharing(shared="", transformed="", shift_form="PS")  # nothing shared, shift as published
 STUDY_MARK = "<!-- the lines between these marks are written by search.py --study sharing -->\n"
 
@@ -559,9 +560,9 @@ def masked_transform(weight):
     return total
 
 
-def study_row(space, name, archs, known):
-    """The figures of one variant: mean and deviation over those of its supernets that did not diverge."""
-    sharing, count = (MODES | ABLATION)[name][0], STUDY_SEEDS if name in MODES else ABLATION_SEEDS
+def study_row(space, name, archs, known, count):
+    """The figures of one variant: mean and deviation over those of `count` supernets that did not diverge."""
+    sharing = (MODES | ABLATION)[name][0]
     params, none, none_ps = (parameters(space, form) for form in (sharing, "none", PS_FORM))
     archs, seeds = archs[:ALONE_ARCHS], range(ALONE_SEEDS)
     alone = [np.mean([known[f"alone {arch} {seed}"] for seed in seeds]) for arch in archs]
@@ -579,29 +580,30 @@ def study_row(space, name, archs, known):
     row = {"params": params, "params_over_none": params / none, "params_over_none_ps": params / none_ps}
     row |= {"step_ms": np.median(known["time"][name]), "step_over_none": np.median(ratios)}
     row["diverged"] = count - len(runs)
-    row |= {name: float(np.mean(values)) for name, values in columns.items() if values}
+    row |= {name: float(np.mean(values)) if values else None for name, values in columns.items()}
     return row | {f"{name}_seeds": [round(float(v), 4) for v in values] for name, values in columns.items()}
 
 
 def table(rows):
     """Markdown of {name: study_row}; the deviation over seeds behind a mean."""
-    columns = [name for name in next(iter(rows.values())) if not name.endswith("_seeds")]
+    names = [name for name in next(iter(rows.values())) if not name.endswith("_seeds")]
+    columns = [name for name in names if any(row[name] is not None for row in rows.values())]
     lines = [f"| sharing | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
         figures = [f"{row['params']:,}"]
         for column in columns[1:]:
             seeds = row.get(column + "_seeds", [])
             spread = f" ± {np.std(seeds, ddof=1):.2f}" if len(seeds) > 1 else ""
-            figures.append(f"{row[column]:.2f}{spread}" if column in row else "")
+            figures.append("" if row[column] is None else f"{row[column]:.2f}{spread}")
         lines.append(f"| {name} | {' | '.join(figures)} |")
     return lines
 
 
 def write_study(space, archs, known):
     """results/sharing.json and results/sharing.md from all that the study measured."""
-    modes, ablation = (
-        {name: study_row(space, name, archs, known) for name in rows} for rows in (MODES, ABLATION)
-    )
+    modes = {name: study_row(space, name, archs, known, STUDY_SEEDS) for name in MODES}
+    rows = ("heterogeneous", *ABLATION)
+    ablation = {name: study_row(space, name, archs, known, ABLATION_SEEDS) for name in rows}
     first, second = ([known[f"alone {arch} {seed}"] for arch in archs[:ALONE_ARCHS]] for seed in (0, 1))
     agree = {"kendall_tau": kendall_tau(first, second), "spearman": spearman(first, second)}
     hytra = {mode: parameters(SPACES["hytra"], mode) for mode in ("none", "heterogeneous")}
@@ -619,7 +621,7 @@ def write_study(space, archs, known):
         f"{hytra['none, PS']:,} with shift as PS: {ours / hytra['none, PS']:.3f}; the official fabric "
         "238,503,844 of 615,390,116: 0.388.\n"
     )
-    lines += table({"heterogeneous": modes["heterogeneous"], **ablation})
+    lines += table(ablation)
     old = RESULTS / "sharing.md"
     before, _, after = (old.read_text() if old.exists() else 2 * STUDY_MARK).split(STUDY_MARK)
     write_text(f"{before}{STUDY_MARK}{chr(10).join(lines)}\n{STUDY_MARK}{after}", RESULTS / "sharing.md")

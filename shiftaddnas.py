@@ -668,8 +668,9 @@ class SharedWeight(nn.Module):
             self.w = nn.Parameter(torch.randn(shape) * std)
         ops = [OPS[letter] for letter in sharing.transformed]
         self.transformed = [op for op in ops if op in readers and len(readers) > 1]
+        self.balanced = sharing.balanced
         self.added = None  # gradient on w through T in the backward pass at hand
-        if self.transformed and sharing.balanced:
+        if self.transformed and self.balanced:
             self.w.register_hook(self.balance)
         for op in self.transformed:
             slope = laplace_slopes(sharing.bins, sharing.gain)
@@ -690,7 +691,7 @@ class SharedWeight(nn.Module):
         unit = (w - lo) / (hi - lo)
         index = (unit * len(slope)).long().clamp_(0, len(slope) - 1)
         source = self.w.view_as(self.w)
-        if source.requires_grad:
+        if self.balanced and source.requires_grad:
             source.register_hook(self.keep)
         transformed = source * slope.index_select(0, index.flatten()).view_as(w)
         return transformed * (unit < 1) if self.official else transformed
