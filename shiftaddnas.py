@@ -765,7 +765,7 @@ def official_kl(weight, generator):
     """The official divergence, for comparison: (1/n) sum_i q_i (log q_i - log p_i), p = softmax(weight) over
     the n positions, q = softmax(z), z ~ Laplace(0, 2) drawn afresh. Source: official hytra_ops_ws_dist.py."""
     uniform = torch.rand(weight.numel(), generator=generator).to(weight.device) - 0.5
-    z = -2 * uniform.sign() * torch.log1p(-2 * uniform.abs())
+    z = -2 * uniform.sign() * torch.log1p(-2 * uniform.abs().clamp_max(0.5 - 2**-24))  # 0.5 would be infinite
     return (z.softmax(0) * (z.log_softmax(0) - weight.flatten().log_softmax(0))).mean()
 
 
