@@ -614,10 +614,10 @@ def write_study(space, archs, known):
     (ours, none, whole, whole_none), time = hytra.values(), known["time"]
     lines.append(
         f"Two seeds of training alone agree to Kendall tau {agree['kendall_tau']:.2f}, Spearman "
-        f"{agree['spearman']:.2f}. T of the largest weight: one gather {time['gather']:.2f} ms, a hundred masked "
-        f"passes {time['masked']:.2f} ms. Parameters in `hytra`, over nothing shared and shift as PS: {ours:,} / "
-        f"{none:,} = {ours / none:.3f} in the cells that archs reach, {whole:,} / {whole_none:,} = "
-        f"{whole / whole_none:.3f} in all (official: 238,503,844 / 615,390,116 = 0.388).\n"
+        f"{agree['spearman']:.2f}. T of the largest weight: one gather {time['gather']:.2f} ms, a hundred "
+        f"masked passes {time['masked']:.2f} ms. Parameters in `hytra`, over nothing shared and shift as PS: "
+        f"{ours:,} / {none:,} = {ours / none:.3f} in the cells that archs reach, {whole:,} / {whole_none:,} "
+        f"= {whole / whole_none:.3f} in all (official: 238,503,844 / 615,390,116 = 0.388).\n"
     )
     lines += table(ablation)
     old = RESULTS / "sharing.md"
