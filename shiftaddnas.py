@@ -647,7 +647,7 @@ class SharedWeight(nn.Module):
 
     Gradient on w of an add: slope * gradient of T(w); bins carry none. In a backward pass that other
     operators take part in too (SearchSpace.sample_fairly) it gets the length of theirs: the batch norms
-    behind L1 distances leave 1/100 to 1/100,000 of it, and w would belong to conv and shift alone.
+    behind L1 distances leave 1/100 to 1/20,000 of it, and w would belong to conv and shift alone.
     Source: abstract; official hytra_ops_ws_dist.py (deviations D3, D4, D5).
 
     sharing.official has the official form instead: w and the slopes start as N(0, 1), shift reads a T of its
