@@ -658,7 +658,7 @@ class SharedWeight(nn.Module):
 
     Gradient on w of an add: slope * gradient of T(w); bins carry none. In a backward pass that other
     operators take part in too (SearchSpace.sample_fairly) it gets the length of theirs: the batch norms
-    behind L1 distances leave 1/100 to 1/100,000 of it, and w would belong to conv and shift alone.
+    behind L1 distances leave 1/100 to 1/20,000 of it, and w would belong to conv and shift alone.
     Source: abstract; official hytra_ops_ws_dist.py (deviations D3, D4, D5).
 
     sharing.official has the official form instead: w and the slopes start as N(0, 1), shift reads a T of its
@@ -679,8 +679,9 @@ class SharedWeight(nn.Module):
             self.w = nn.Parameter(torch.randn(shape) * std)
         ops = [OPS[letter] for letter in sharing.transformed]
         self.transformed = [op for op in ops if op in readers and len(readers) > 1]
-        self.added = None  # gradient on w through T in the backward pass at hand
-        if self.transformed and sharing.balanced:
+        self.balanced = sharing.balanced and bool(self.transformed)
+        self.parts = {}  # gradients on w in the backward pass at hand, by whether they came through T
+        if self.balanced:
             self.w.register_hook(self.balance)
         for op in self.transformed:
             slope = laplace_slopes(sharing.bins, sharing.gain)
@@ -695,31 +696,32 @@ class SharedWeight(nn.Module):
         if self.pair:
             return shift_weight(self.w[0], self.w[1])
         if op not in self.transformed:
-            return self.w
+            return self.read(False)
         slope, w = getattr(self, "slope_" + op), self.w.detach()
         lo, hi = w.aminmax() if self.official else (-REACH * self.std, REACH * self.std)
         unit = (w - lo) / (hi - lo)
         index = (unit * len(slope)).long().clamp_(0, len(slope) - 1)
-        source = self.w.view_as(self.w)
-        if source.requires_grad:
-            source.register_hook(self.keep)
-        transformed = source * slope.index_select(0, index.flatten()).view_as(w)
+        transformed = self.read(True) * slope.index_select(0, index.flatten()).view_as(w)
         return transformed * (unit < 1) if self.official else transformed
 
-    def keep(self, grad):
-        """Hook of what reaches w through T."""
-        self.added = grad if self.added is None else self.added + grad
+    def read(self, part):
+        """w; if gradients are balanced, what comes back here is added up in parts[part]."""
+        if not self.balanced:
+            return self.w
+        source = self.w.view_as(self.w)
+        if source.requires_grad:
+            source.register_hook(lambda grad: self.parts.update({part: self.parts.get(part, 0) + grad}))
+        return source
 
     def balance(self, grad):
-        """Hook of w's whole gradient, rest + added -> rest + added |rest| / |added|; as it is if only one of
-        them is there. The factor is at most 10^6: an add block that is still shut by its last batch norm
-        passes next to nothing."""
-        added, self.added = self.added, None
-        if added is None:
+        """Hook of w's whole gradient: that through T gets the length of the other operators', if both are
+        there. The factor is at most 10^6: an add block still shut by its last batch norm passes next to
+        nothing."""
+        parts, self.parts = self.parts, {}
+        if len(parts) < 2:
             return grad
-        rest = grad - added
-        factor = (rest.norm() / added.norm().clamp_min(1e-30)).clamp_max(1e6)
-        return torch.where(factor > 0, rest + added * factor, grad)
+        factor = (parts[False].norm() / parts[True].norm().clamp_min(1e-30)).clamp_max(1e6)
+        return torch.where(factor > 0, grad + parts[True] * (factor - 1), grad)
 
     def owned(self, op):
         """What op reads now, as a SharedWeight of its own: same output, nothing shared or transformed."""

@@ -2285,7 +2285,7 @@ def test_the_sharing_study_is_resumed_and_writes_its_table(tiny_data, tmp_path, 
     search.main(flags.split())
     result = json.loads((tmp_path / "results" / "sharing.json").read_text())
     assert set(result["modes"]) == {"none", "naive", "official", "heterogeneous"}
-    assert set(result["ablation"]) == {"single path", "learned slopes"}
+    assert set(result["ablation"]) == {"heterogeneous", "single path", "learned slopes"}
     ours = result["modes"]["heterogeneous"]
     assert (
         ours["params_over_none"] <= 0.50
