@@ -1604,7 +1604,7 @@ print(f"{kills} kills, resumed from the steps {steps[1:]}; {halves} left a half-
 
 
 def test_runs_killed_at_random_moments_end_with_the_losses_of_a_whole_run(tiny_data, tmp_path):
-    kills = int(os.environ.get("KILLS", 4))
+    kills = int(os.environ.get("KILLS", 2))
     flags = ["--data", tiny_data, "--epochs", f"{4 * kills}", "--batch", "30", "--ema", "0.9", "--mixup", "1"]
     run = subprocess.run(
         [sys.executable, "-c", KILLED, ROOT, str(kills), tmp_path, *flags], capture_output=True, text=True,
@@ -2273,14 +2273,14 @@ def test_the_sharing_study_is_resumed_and_writes_its_table(tiny_data, tmp_path, 
         "STUDY_SEEDS": 2,
         "ALONE_EPOCHS": 1,
         "ALONE_ARCHS": 3,
-        "INHERIT_ARCHS": 4,
+        "INHERIT_ARCHS": 3,
         "TIMED_STEPS": 1,
         "ABLATION": {name: search.ABLATION[name] for name in ("single path", "learned slopes")},
         "RESULTS": tmp_path / "results",
     }
     for name, value in small.items():
         monkeypatch.setattr(search, name, value)
-    counts = "--epochs 1 --batch 20 --first 2 --generations 0"
+    counts = "--epochs 1 --batch 50 --first 2 --generations 0"
     flags = f"--study sharing --data {tiny_data} {counts} --out {tmp_path / 'o'}"
     search.main(flags.split())
     result = json.loads((tmp_path / "results" / "sharing.json").read_text())
@@ -2365,7 +2365,7 @@ def test_tables_of_the_readme_and_of_results_are_those_of_the_measured_runs(fold
 def readme_commands():
     """(program, flags) of each line of the README's code blocks, and of its inline code, that runs one."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"(?:python|torchrun --nproc-per-node \d+) (\w+\.py)((?: [^\s`#;&)]+)*)", text)
+    found = re.findall(r"(?:python|torchrun --nproc-per-node \d+) (\w+\.py)((?:[ \n][^\s`#;&)]+)*)", text)
     return sorted({(program, flags.replace("\n", " ")) for program, flags in found})
 
 
