@@ -577,7 +577,10 @@ def study(config):
             write_text(json.dumps(known), path)
             print(f"study {number}/{len(jobs)} | {key} | {time.monotonic() - started:.0f} s", flush=True)
     write_study(space, list(archs), known)
-    plot_weights(space, folder / "heterogeneous-0.pt", RESULTS / "sharing.png")
+    try:
+        plot_weights(space, folder / "heterogeneous-0.pt", RESULTS / "sharing.png")
+    except ImportError as error:
+        print(f"no {RESULTS / 'sharing.png'}: {error}")
 
 
 def train_alone(arch, seed, config, space, data, folder):
@@ -723,11 +726,6 @@ def write_study(space, archs, known):
 @torch.no_grad()
 def plot_weights(space, checkpoint, path):
     """Histograms of the largest shared weight as each op reads it, with target and fitted densities."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"no {path.name}: matplotlib is not installed")
-        return
     weight = largest_transformed(load_supernet(checkpoint, space))
     w, added, grid = weight.w, weight.weight_for("add"), torch.linspace(-5, 5, 400) * weight.std
 
@@ -742,17 +740,14 @@ def plot_weights(space, checkpoint, path):
         "shift: power of two of w": (power_of_two(w), None, None),
         "add: T(w)": (added, laplace(weight.b), laplace(added.abs().mean())),
     }
-    figure = Figure((9, 2.6), layout="constrained")
-    for axes, (title, (values, target, fitted)) in zip(figure.subplots(1, 3), panels.items()):
-        axes.hist(values.clamp(*grid[[0, -1]]).flatten().numpy(), bins=100, density=True, color="0.75")
-        if target is not None:
-            axes.plot(grid, target, "k--", label="target density")
-            axes.plot(grid, fitted, color="0.3", label="fitted density")
-            axes.legend(fontsize=7)
-        axes.set_title(title, fontsize=9)
-    temporary = f"{path}.tmp.png"
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+    with figure_at(path, 9, 2.6) as figure:
+        for axes, (title, (values, target, fitted)) in zip(figure.subplots(1, 3), panels.items()):
+            axes.hist(values.clamp(*grid[[0, -1]]).flatten().numpy(), bins=100, density=True, color="0.75")
+            if target is not None:
+                axes.plot(grid, target, "k--", label="target density")
+                axes.plot(grid, fitted, color="0.3", label="fitted density")
+                axes.legend(fontsize=7)
+            axes.set_title(title, fontsize=9)
 
 
 def check(config, space):
