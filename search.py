@@ -35,7 +35,7 @@ from cost_model import ACCOUNTINGS, PRIMITIVES, PUBLISHED, all_of, count_params,
 from cost_model import measured_latency_ms, measured_table, network_cost, network_layers, operations, short
 from shiftaddnas import REACH, SPACES, TYPES, Sharing, SharedWeight, Supernet, TokenSpace
 from shiftaddnas import build, find_space, median_ms, power_of_two
-from train import Config, Sentences, accuracy, check_device, file_name, flag, load, load_data
+from train import Config, Sentences, accuracy, bleu, check_device, file_name, flag, load, load_data
 from train import join_processes, load_supernet, make_model, make_optimizer, output_folder, parse, processes
 from train import rank, recalibrate, run_command, space_of, take_step, tested, token_loss, train, translate
 from train import write_text
@@ -457,12 +457,19 @@ def print_translations(config, data, network, count=3):
     return samples
 
 
-def write_results(config, space, scores, finalists, rows, samples):
+def shuffled_bleu(config, data, network):
+    """BLEU of a network that is given the source of the next test sentence: near 0 if it reads its source."""
+    found = translate(network, data.vocabulary, [pair[0] for pair in data.test[1:] + data.test[:1]], config)
+    reached = bleu(found, [pair[1] for pair in data.test])
+    print(f"\nall-attention with the sources of other sentences: BLEU {reached:.2f}")
+    return reached
+
+
+def write_results(config, space, scores, finalists, rows, translated):
     """search.json, winner.json and pareto.png in the output folder, and the table on the screen."""
     winner, out = rows[-1]["arch"], Path(config.out)
     result = {"winner": winner, "budget": limits(config, space, winner), "finalists": finalists}
-    result |= {"table": rows, "scores": scores, "seed": config.seed, "config": asdict(config)}
-    result |= {"translations": samples} if samples else {}
+    result |= {"table": rows, "scores": scores, "seed": config.seed, "config": asdict(config)} | translated
     write_text(json.dumps(result, indent=1), out / "search.json")
     write_text(json.dumps({"space": space.name, "arch": winner}), out / "winner.json")
     print_table(rows)
@@ -474,7 +481,7 @@ def write_results(config, space, scores, finalists, rows, samples):
 
 def summarise(folders, out):
     """Mean and standard deviation over finished searches: printed, and in out/search.{md,json}."""
-    names, kept = ("seed", "winner", "budget", "table", "config", "translations"), []
+    names, kept = ("seed", "winner", "budget", "table", "config", "translations", "shuffled_bleu"), []
     for folder in folders:
         try:
             run = json.loads((Path(folder) / "search.json").read_text(encoding="utf-8"))
@@ -789,11 +796,14 @@ def tell(config, space, data):
         reached = tested(training, data, retrain(training, space, data, arch))
         rows.append({"name": name, "arch": arch, **reached, **describe(space, arch, table)})
     lap("rivals")
-    network, translates = retrain(training, space, data, winner), isinstance(data, Sentences)
-    samples = print_translations(training, data, network) if translates else []
-    write_results(config, space, scores, finalists, rows, samples)
+    translated = {}
+    if isinstance(data, Sentences):
+        samples = print_translations(training, data, retrain(training, space, data, winner))
+        first = retrain(training, space, data, rows[0]["arch"])
+        translated = {"translations": samples, "shuffled_bleu": shuffled_bleu(training, data, first)}
+    write_results(config, space, scores, finalists, rows, translated)
     phases = " | ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
-    if translates:
+    if translated:
         return print(f"seconds: {phases} | {len(data.test)} test sentences, one seed")
     images = len(data.test.index)
     error = 100 * (rows[-1]["test_accuracy"] / 100 * (1 - rows[-1]["test_accuracy"] / 100) / images) ** 0.5

@@ -1386,6 +1386,7 @@ def test_the_translation_story_ends_in_a_table_with_bleu_and_translates(tmp_path
     full, winner = result["table"][0], result["table"][-1]
     assert winner["energy_mj"] <= 0.8 * full["energy_mj"] * (1 + 1e-9)
     assert [len(sample) for sample in result["translations"]] == [3, 3, 3]
+    assert 0 <= result["shuffled_bleu"] <= 100
     assert capsys.readouterr().out.count("\nreference ") == 3
     given = io.TextIOWrapper(io.BytesIO(b"a i cat\n\n" + b"a i " * 200 + b"\ncat\xff\n"))
     monkeypatch.setattr(sys, "stdin", given)
