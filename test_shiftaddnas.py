@@ -637,7 +637,7 @@ int main() {
         if (s.KH > s.H + 2 * s.P || s.KW > s.W + 2 * s.P) continue;
         s.Ho = (s.H + 2 * s.P - s.KH) / s.S + 1, s.Wo = (s.W + 2 * s.P - s.KW) / s.S + 1;
         const size_t weights = (size_t)s.M * (s.C / s.G) * s.KH * s.KW;
-        std::vector<float> x(inputs(s)), w(weights), y(outputs(s)), gx(x.size());
+        std::vector<float> x(inputs(s)), w(weights), y((size_t)s.N * s.M * s.Ho * s.Wo), gx(x.size());
         for (auto* t : {&x, &w}) for (float& a : *t) a = float(pick(2001) - 1000) / 400;
         if (add_conv2d_forward(y.data(), x.data(), w.data(), &s, 1 + round % 3)) return 2;
         if (add_conv2d_grad_x(gx.data(), y.data(), x.data(), w.data(), &s, 1 + round % 3)) return 3;
