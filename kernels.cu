@@ -1,5 +1,5 @@
 // Kernels of ShiftAddNAS: the add operator y = -sum |x - w| on GPU and CPU, and exact integer add and shift.
-// One file, three builds, plain C interface; load_kernels in shiftaddnas.py compiles and loads them on first use.
+// One file, three builds, plain C interface; load_kernels in shiftaddnas.py builds and loads them.
 //
 //   gpu      nvcc -O3 -std=c++17 -arch=sm_90 -shared -Xcompiler -fPIC kernels.cu -o gpu.so
 //   cpu      g++ -x c++ -O3 -march=native -std=c++20 -fopenmp -shared -fPIC kernels.cu -o cpu.so
@@ -8,7 +8,7 @@
 //
 //   function             reference in shiftaddnas.py    formula
 //   add_conv2d_forward   add_conv2d_definition          y[n,m,i,j] = -sum |x[n,c,iS+u-P,jS+v-P] - w[m,c,u,v]|
-//   add_conv2d_grad_x    add_conv2d_grad_x_definition   gx = sum of g clip(w - x, -1, 1) over the y that read x
+//   add_conv2d_grad_x    add_conv2d_grad_x_definition   gx = sum of g clip(w - x, -1, 1) over its readers y
 //   add_conv2d_u8, _int  int_conv2d_definition          y = -sum |x - w|, exact          (cpu build)
 //   shift_conv2d_int     int_conv2d_definition          2^15 y = sum +-(x << 15 - e)     (cpu build)
 //
@@ -38,9 +38,9 @@ template <class T> BOTH constexpr T ceil_div(T a, int b) { return (a + b - 1) / 
 static int64_t inputs(const ConvShape& s) { return (int64_t)s.N * s.C * s.H * s.W; }
 static int64_t weights(const ConvShape& s) { return (int64_t)s.M * (s.C / s.G) * s.KH * s.KW; }
 
-// Both passes gather. Pixel (a, b) of image n, group g and channel o of the result, at (a*step+row, b*step+col) of
-// its map, is a sum over the taps k = (c, u, v) of the group: source[n, gC+c, aS+row0+u, bS+col0+v] (0 outside its
-// H x W map) meets w[g*wg + o*wo + c*wc + u*wu + v*wv + w0].
+// Both passes gather. Pixel (a, b) of image n, group g, channel o of the result, at (a*step+row, b*step+col)
+// of its map, is a sum over the taps k = (c, u, v) of the group: source[n, gC+c, aS+row0+u, bS+col0+v], 0
+// outside its H x W map, meets w[g*wg + o*wo + c*wc + u*wu + v*wv + w0].
 struct Gather {
     int N, A, B, G;                        // result pixels a channel N x A x B; groups
     int C, H, W, S, row0, col0, KH, KW;    // source: channels a group, map, stride, first tap, taps
@@ -89,8 +89,8 @@ BOTH inline void mark_nan_weight(float* gx, const float* w, const ConvShape& s, 
 #if defined(__CUDACC__) || defined(EMULATE)
 // ============================================================ gpu and emulate builds
 //
-// A kernel is a sequence of EACH_THREAD loops: on the GPU one thread's part closed by __syncthreads, emulated the
-// 256 threads of a block in turn (the blocks on CPU threads). PRIVATE is a thread's own array, MINE(a) its copy.
+// A kernel is a sequence of EACH_THREAD loops: on the GPU one thread's part closed by __syncthreads, emulated
+// the 256 threads of a block in turn, blocks on CPU threads. PRIVATE is a thread's array, MINE(a) its copy.
 constexpr int THREADS = 256, TP = 128, TM = 64, TK = 16;  // a tile: TP pixels x TM channels, TK taps a step
 #ifdef __CUDACC__
 #define KERNEL static __global__ void __launch_bounds__(THREADS, 2)
@@ -130,10 +130,10 @@ BOTH inline Tap tap_of(int k, const Gather& a) {
     return k < a.taps() ? Tap{k / (a.KH * a.KW), k / a.KW % a.KH, k % a.KW} : Tap{-1, 0, 0};
 }
 
-// out = -sum_k |source_k - w_k|, or with `grad` out = sum_k source_k clip(w_k - x, -1, 1). Blocks: pixels fastest,
-// then channels, then groups. A step gathers TK taps of TP pixels and of TM channels into shared memory, then each
-// thread adds 512 terms. Forward, a term is two FADD (the absolute value is free). grad: clip(d, -1, 1) =
-// 2 sat(d/2 + 1/2) - 1 makes it FADD.SAT and FFMA.
+// out = -sum_k |source_k - w_k|, or with `grad` out = sum_k source_k clip(w_k - x, -1, 1). Blocks: pixels
+// fastest, then channels, groups. A step gathers TK taps of TP pixels and TM channels into shared memory, and
+// each thread adds 512 terms. Forward, a term is two FADD (the absolute value is free). grad: clip(d, -1, 1)
+// = sat(d) - sat(-d), so two FADD.SAT, FADD and FFMA. (sat(d/2 + 1/2) would save two, and digits of small d.)
 template <bool grad>
 KERNEL add_kernel(float* out, const float* source, const float* w, const float* x, Gather a,
                   int64_t pixel_tiles, int channel_tiles) {
@@ -141,20 +141,16 @@ KERNEL add_kernel(float* out, const float* source, const float* w, const float* 
     SHARED alignas(16) float ws[TK][TM + 4];
     SHARED Tap taps[TK];
     PRIVATE(acc, [4][8]);
-    PRIVATE(half_x, [4][8]);
-    PRIVATE(sum, [8]);
+    PRIVATE(own, [4][8]);
     const int g = BLOCK / pixel_tiles / channel_tiles, m0 = BLOCK / pixel_tiles % channel_tiles * TM;
     const int64_t q0 = BLOCK % pixel_tiles * TP, pixels = a.pixels(), area = (int64_t)a.height * a.width;
-    EACH_THREAD {
-        UNROLL for (int r = 0; r < 8; ++r) {
-            const int64_t q = q0 + pixel_of(t, r), at = a.at(q) + (g * a.M + m0 + t / 16 * 4) * area;
-            UNROLL for (int f = 0; f < 4; ++f) {
-                MINE(acc)[f][r] = MINE(sum)[r] = MINE(half_x)[f][r] = 0;
-                if (grad && q < pixels && m0 + t / 16 * 4 + f < a.M)
-                    MINE(half_x)[f][r] = 0.5f * x[at + f * area];
-            }
+    EACH_THREAD if (t < TK) taps[t] = tap_of(t, a);
+    UNROLL for (int r = 0; r < 8; ++r) EACH_THREAD {  // a barrier each: 32 loads at once spill
+        const int64_t q = q0 + pixel_of(t, r), at = a.at(q) + (g * a.M + m0 + t / 16 * 4) * area;
+        UNROLL for (int f = 0; f < 4; ++f) {
+            MINE(acc)[f][r] = MINE(own)[f][r] = 0;
+            if (grad && q < pixels && m0 + t / 16 * 4 + f < a.M) MINE(own)[f][r] = x[at + f * area];
         }
-        if (t < TK) taps[t] = tap_of(t, a);
     }
     for (int k0 = 0; k0 < a.taps(); k0 += TK) {
         EACH_THREAD {
@@ -171,16 +167,15 @@ KERNEL add_kernel(float* out, const float* source, const float* w, const float* 
             const int64_t at = g * a.wg + p.c * a.wc + p.u * a.wu + p.v * a.wv + a.w0;
             UNROLL for (int m = t / TK; m < TM; m += THREADS / TK) {
                 const float b = p.c >= 0 && m0 + m < a.M ? w[at + (m0 + m) * a.wo] : 0;
-                ws[t % TK][m] = grad ? 0.5f * b + 0.5f : b;
+                ws[t % TK][m] = b;
             }
         }
         EACH_THREAD {
-            UNROLL for (int k = 0; k < TK; ++k) {
-                UNROLL for (int r = 0; grad && r < 8; ++r) MINE(sum)[r] += xs[k][pixel_of(t, r)];
+            for (int k = 0; k < TK; ++k) {
                 UNROLL for (int r = 0; r < 32; ++r) {
                     const float v = xs[k][pixel_of(t, r % 8)], b = ws[k][t / 16 * 4 + r / 8];
-                    const float half = MINE(half_x)[r / 8][r % 8];
-                    MINE(acc)[r / 8][r % 8] += grad ? v * __saturatef(b - half) : fabsf(v - b);
+                    const float d = b - MINE(own)[r / 8][r % 8];
+                    MINE(acc)[r / 8][r % 8] += grad ? v * (__saturatef(d) - __saturatef(-d)) : fabsf(v - b);
                 }
             }
             if (t < TK) taps[t] = tap_of(k0 + TK + t, a);
@@ -190,9 +185,9 @@ KERNEL add_kernel(float* out, const float* source, const float* w, const float* 
         UNROLL for (int r = 0; r < 8; ++r) {
             const int64_t q = q0 + pixel_of(t, r), at = a.at(q) + (g * a.M + m0 + t / 16 * 4) * area;
             UNROLL for (int f = 0; f < 4; ++f) {
-                const float h = MINE(half_x)[f][r], total = 2 * MINE(acc)[f][r] - MINE(sum)[r];
+                const float x0 = MINE(own)[f][r], sum = MINE(acc)[f][r];
                 if (q < pixels && m0 + t / 16 * 4 + f < a.M)
-                    out[at + f * area] = !grad ? -MINE(acc)[f][r] : h == h ? total : h;
+                    out[at + f * area] = !grad ? -sum : x0 == x0 ? sum : x0;
             }
         }
     }
@@ -227,6 +222,7 @@ template <bool grad> static int add(float* out, const float* source, const float
 #endif
 
 #if defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define AVX512
 #define MM(op) _mm512_##op
 constexpr int LANES = 16, MR = 8, CR = 4;  // floats of a vector; channels of a tile, forward and grad_x
 #elif defined(__AVX2__)
@@ -253,8 +249,9 @@ template <class V> static inline void store(void* p, const V& v) { std::memcpy(p
 static inline vec splat(float a) { return a - vec{}; }
 // *p in every lane. As an integer: the broadcast of a float to 512 bits takes an arithmetic port on Zen 4.
 static inline vec spread(const float* p) { return (vec)(load<int32_t>(p) - ivec{}); }
-// The value of a, unknown to the compiler. A factor 1 hidden this way makes acc + m an FMA, which runs on other
-// execution ports than max and sub: twice the speed.
+static inline evec spread(const eight* p) { return load<long long>(p) - evec{}; }
+// The value of a, unknown to the compiler. A factor 1 hidden this way makes acc + m an FMA, which runs on
+// other ports than max and sub: twice the speed.
 template <class V> static inline V opaque(V a) {
 #ifdef __AVX2__
     asm("" : "+v"(a));
@@ -263,7 +260,7 @@ template <class V> static inline V opaque(V a) {
 }
 static inline vec vabs(vec a) { return (vec)((ivec)a & 0x7fffffff); }
 static inline vec clip(vec a) {            // to [-1, 1]; NaN to an end of it
-#ifdef __AVX512DQ__
+#ifdef AVX512
     return _mm512_range_ps(a, splat(1), 2);
 #else
     const vec low = a > -1 ? a : splat(-1);
@@ -275,16 +272,16 @@ static inline evec sad(evec a, evec b) {   // sum of |a - b| over the bytes of e
     return (evec)MM(sad_epu8)(a, b);
 #else
     evec sum{};
-    for (int shift = 0; shift < 64; shift += 8) {
-        const evec d = (a >> shift & 255) - (b >> shift & 255);
+    for (int s = 0; s < 64; s += 8) {
+        const evec d = (a >> s & 255) - (b >> s & 255);
         sum += d < 0 ? -d : d;
     }
     return sum;
 #endif
 }
 
-// Calls work(job, thread) for every job in [0, jobs) on torch's own OpenMP team: a second pool would fight its idle
-// workers, which spin, for the cores. One job writes each result, so the thread count changes no bit.
+// Calls work(job, thread) for every job in [0, jobs) on torch's own OpenMP team: a second pool would fight
+// its idle workers, which spin, for the cores. One job writes each result: the thread count changes no bit.
 template <class Work> static void parallel(int64_t jobs, int threads, Work work) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && jobs > 1)
     for (int64_t job = 0; job < jobs; ++job) work(job, omp_get_thread_num());
@@ -296,10 +293,11 @@ static bool side_by_side(const int64_t* place, int n) {
     return run;
 }
 
-// PW pixels from q on: place in channel 0 of the result, and place and coordinates in the source of tap (0, 0, 0)
+// PW pixels from q on: place in channel 0 of the result; place and coordinates in the source of tap (0, 0, 0)
+typedef int32_t int_oct __attribute__((vector_size(32)));
 struct Pixels {
     int64_t at[PW], from[PW];
-    int32_t row[PW], col[PW];
+    int_oct row[PW / 8], col[PW / 8];
     int count;
     bool run;
 
@@ -307,8 +305,8 @@ struct Pixels {
         int64_t n = q / (a.A * a.B);
         int i = int(q / a.B % a.A), j = int(q % a.B);
         for (int l = 0; l < PW; ++l) {
-            row[l] = l < count ? i * a.S + a.row0 : -a.KH, col[l] = j * a.S + a.col0;  // past the end: outside
-            from[l] = (n * a.G * a.C * a.H + row[l]) * a.W + col[l];
+            const int u = l < count ? i * a.S + a.row0 : -a.KH, v = j * a.S + a.col0;  // outside past the end
+            row[l / 8][l % 8] = u, col[l / 8][l % 8] = v, from[l] = (n * a.G * a.C * a.H + u) * a.W + v;
             at[l] = (n * a.G * a.M * a.height + i * a.step + a.row) * a.width + j * a.step + a.col;
             if (++j == a.B) j = 0, ++i;
             if (i == a.A) i = 0, ++n;
@@ -327,19 +325,17 @@ template <class T> struct alignas(64) Row { T lane[PW]; };  // one tap of a pane
 template <class T>
 static void pack(Row<T>* panel, const T* source, const Gather& a, int g, const Pixels& pixels) {
     typedef T oct __attribute__((vector_size(8 * sizeof(T))));
-    typedef int32_t int_oct __attribute__((vector_size(32)));
     typedef decltype(oct{} < oct{}) mask;
-    const int64_t plane = (int64_t)a.H * a.W, end = a.N * a.G * a.C * plane;
+    const int64_t plane = (int64_t)a.H * a.W, end = plane * a.N * a.G * a.C;
     const int area = a.KH * a.KW;
     for (int l = 0; l < PW; l += 8) {
-        int_oct row, col;
-        std::memcpy(&row, pixels.row + l, sizeof row), std::memcpy(&col, pixels.col + l, sizeof col);
+        const int_oct row = pixels.row[l / 8], col = pixels.col[l / 8];
         const int64_t* from = pixels.from + l;
         const bool run = side_by_side(from, 8);
         oct sum{};
         for (int t = 0; t < area; ++t) {
             const int u = t / a.KW, v = t % a.KW;
-            const int64_t tap = g * a.C * plane + u * a.W + v, first = from[0] + tap;
+            const int64_t tap = plane * a.C * g + u * a.W + v, first = from[0] + tap;
             const int_oct inside = (row >= -u) & (row < a.H - u) & (col >= -v) & (col < a.W - v);
             const mask keep = __builtin_convertvector(inside, mask);
             const bool vector = run && first >= 0 && first + (a.C - 1) * plane + 8 <= end;
@@ -370,7 +366,7 @@ template <int R, class T> static std::vector<T> lay_taps(const T* w, const Gathe
     return taps;
 }
 
-// Packs the pixels panel by panel; compute(tile, panel, taps[k][R], result[R][PW]) makes R channels of `out` of it.
+// Packs the pixels panel by panel; compute(tile, panel, taps[k][R], result[R][PW]) makes R channels of `out`.
 // `result` holds those of `in`, if there is one, before.
 template <int R, class Y, class T, class Compute>
 static void add_panels(Y* out, const T* source, const Y* in, const std::vector<T>& taps, const Gather& a,
@@ -396,67 +392,65 @@ static void add_panels(Y* out, const T* source, const Y* in, const std::vector<T
     });
 }
 
-// acc = sum_k max(x, w), or sum_k |x - w| if direct, for one panel and MR channels
-template <bool direct>
-static inline void forward_sums(const Row<float>* panel, const float* w, int K, vec (&acc)[MR][PV]) {
-    const vec one = opaque(splat(1));
-    UNROLL for (int r = 0; r < MR * PV; ++r) acc[r / PV][r % PV] = vec{};
-    for (int k = 0; k < K; ++k, ++panel, w += MR) {
-        vec x[PV];
-        UNROLL for (int q = 0; q < PV; ++q) x[q] = opaque(load(panel->lane + q * LANES));
-        UNROLL for (int r = 0; r < MR; ++r) {
-            const vec b = spread(w + r);
-            UNROLL for (int q = 0; q < PV; ++q)
-                acc[r][q] += (direct ? vabs(x[q] - b) : b > x[q] ? b : x[q]) * one;
+// acc[r][q] = sum_k term(vector q of panel[k], w[k][r], r, q)
+template <int R, int Q, class V, class T, class Term>
+static inline void tile_sums(V (&acc)[R][Q], const Row<T>* panel, const T* w, int K, Term term) {
+    UNROLL for (int r = 0; r < R * Q; ++r) acc[r / Q][r % Q] = V{};
+    for (int k = 0; k < K; ++k, ++panel, w += R) {
+        V x[Q];
+        UNROLL for (int q = 0; q < Q; ++q) x[q] = opaque(load<V>(panel->lane + q * (PW / Q)));
+        UNROLL for (int r = 0; r < R; ++r) {
+            const V b = spread(w + r);
+            UNROLL for (int q = 0; q < Q; ++q) acc[r][q] += term(x[q], b, r, q);
         }
     }
 }
 
-// y = -sum_k |x - w| = sum x + sum w - 2 sum max(x, w); where y is small beside sum |w| (x and w share an offset,
-// or nearly agree) or not finite, the tile is redone from |x - w|.
+// y = -sum_k |x - w| = sum x + sum w - 2 sum max(x, w); where y is small beside sum |w| (x and w share an
+// offset, or nearly agree) or not finite, the tile is redone from |x - w|.
 static void add_forward(float* y, const float* x, const float* w, const Gather& a, int threads) {
     const std::vector<float> taps = lay_taps<MR>(w, a, threads);
-    const int64_t K = a.taps(), size = taps.size();
-    std::vector<float> sum_w(size / K), abs_w(size / K);
-    for (int64_t k = 0; k < size; ++k) {
-        const int64_t channel = k / (K * MR) * MR + k % MR;
+    const int K = a.taps();
+    std::vector<float> sum_w(taps.size() / K), abs_w(taps.size() / K);
+    for (size_t k = 0; k < taps.size(); ++k) {
+        const size_t channel = k / (K * MR) * MR + k % MR;
         sum_w[channel] += taps[k], abs_w[channel] += std::fabs(taps[k]);
     }
-    add_panels<MR, float>(y, x, nullptr, taps, a, threads, [&](int64_t tile, auto* panel, auto* w, auto& result) {
+    const auto compute = [&](int64_t tile, const Row<float>* panel, const float* w, float (&result)[MR][PW]) {
+        const vec one = opaque(splat(1));
         vec acc[MR][PV];
-        forward_sums<false>(panel, w, int(K), acc);
+        tile_sums(acc, panel, w, K, [=](vec x, vec b, int, int) { return (b > x ? b : x) * one; });
         ivec bad{};
         UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int q = 0; q < PV; ++q) {
             acc[r][q] = 2 * acc[r][q] - sum_w[tile * MR + r] - load(panel[K].lane + q * LANES);
             bad |= ~((8 * acc[r][q] >= splat(abs_w[tile * MR + r])) & (acc[r][q] <= splat(FLT_MAX)));
         }
         for (int l = 1; l < LANES; ++l) bad[0] |= bad[l];
-        if (bad[0]) forward_sums<true>(panel, w, int(K), acc);
+        if (bad[0]) tile_sums(acc, panel, w, K, [=](vec x, vec b, int, int) { return vabs(x - b) * one; });
         UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int q = 0; q < PV; ++q)
             store(result[r] + q * LANES, -acc[r][q]);
-    });
+    };
+    add_panels<MR>(y, x, (const float*)nullptr, taps, a, threads, compute);
 }
 
-// gx = sum_k g clip(w - x, -1, 1). Every other difference is an FMA, so that sub, clip and FMA fill all ports.
-static void add_grad_x(float* gx, const float* g, const float* x, const float* w, const Gather& a, int threads) {
-    const std::vector<float> taps = lay_taps<CR>(w, a, threads);
-    add_panels<CR>(gx, g, x, taps, a, threads, [&](int64_t, auto* panel, auto* w, auto& result) {
+// gx = sum_k g clip(w - x, -1, 1). Every other difference is an FMA: sub, clip and FMA fill all ports.
+static void add_grad_x(float* gx, const float* g, const float* x, const float* w, const Gather& a,
+                       int threads) {
+    const auto compute = [&](int64_t, const Row<float>* panel, const float* w, float (&result)[CR][PW]) {
         const vec one = opaque(splat(1));
         vec own[CR][PV], acc[CR][PV];
         UNROLL for (int c = 0; c < CR; ++c) UNROLL for (int q = 0; q < PV; ++q)
-            own[c][q] = opaque(load(result[c] + q * LANES)), acc[c][q] = vec{};
-        for (const auto* row = panel; row < panel + a.taps(); ++row, w += CR) {
-            vec v[PV];
-            UNROLL for (int q = 0; q < PV; ++q) v[q] = opaque(load(row->lane + q * LANES));
-            UNROLL for (int c = 0; c < CR; ++c) UNROLL for (int q = 0; q < PV; ++q)
-                acc[c][q] += v[q] * clip((q % 2 ? spread(w + c) * one : spread(w + c)) - own[c][q]);
-        }
+            own[c][q] = opaque(load(result[c] + q * LANES));
+        tile_sums(acc, panel, w, a.taps(), [&](vec v, vec b, int c, int q) {
+            return v * clip((q % 2 ? b * one : b) - own[c][q]);
+        });
         UNROLL for (int c = 0; c < CR; ++c) UNROLL for (int q = 0; q < PV; ++q)
             store(result[c] + q * LANES, own[c][q] == own[c][q] ? acc[c][q] : own[c][q]);
-    });
+    };
+    add_panels<CR>(gx, g, x, lay_taps<CR>(w, a, threads), a, threads, compute);
 }
 
-// y = -sum_k |x - w| of bytes: an eight holds 8 channels (0 past the last), a vector those of LANES / 2 pixels.
+// y = -sum_k |x - w| of bytes: an eight holds 8 channels (0 past the last), a vector LANES / 2 eights.
 static void add_u8(int32_t* y, const uint8_t* x, const uint8_t* w, Gather a, int threads) {
     const int C = a.C, eights = ceil_div(C, 8), area = a.KH * a.KW;
     const auto interleave = [=](const uint8_t* from, int64_t blocks, int64_t map) {
@@ -473,24 +467,19 @@ static void add_u8(int32_t* y, const uint8_t* x, const uint8_t* w, Gather a, int
     const std::vector<eight> source = interleave(x, (int64_t)a.N * a.G, (int64_t)a.H * a.W);
     const std::vector<eight> weight = interleave(w, (int64_t)a.G * a.M, area);
     a.C = eights, a.wc = area, a.wo = a.taps(), a.wg = a.M * a.wo;
-    const std::vector<eight> taps = lay_taps<CR>(weight.data(), a, threads);
-    const int32_t* none = nullptr;
-    add_panels<CR>(y, source.data(), none, taps, a, threads, [&](int64_t, auto* panel, auto* w, auto& result) {
+    const auto compute = [&](int64_t, const Row<eight>* panel, const eight* w, int32_t (&result)[CR][PW]) {
         typedef int32_t half __attribute__((vector_size(LANES * 2)));
-        evec acc[CR][2 * PV] = {};
-        for (const auto* row = panel; row < panel + a.taps(); ++row, w += CR) {
-            evec v[2 * PV];
-            UNROLL for (int q = 0; q < 2 * PV; ++q) v[q] = opaque(load<evec>(row->lane + q * LANES / 2));
-            UNROLL for (int r = 0; r < CR; ++r) UNROLL for (int q = 0; q < 2 * PV; ++q)
-                acc[r][q] += sad(v[q], (long long)w[r] - evec{});
-        }
+        evec acc[CR][2 * PV];
+        tile_sums(acc, panel, w, a.taps(), [](evec x, evec b, int, int) { return sad(x, b); });
         UNROLL for (int r = 0; r < CR; ++r) UNROLL for (int q = 0; q < 2 * PV; ++q)
             store(result[r] + q * LANES / 2, -__builtin_convertvector(acc[r][q], half));
-    });
+    };
+    const std::vector<eight> taps = lay_taps<CR>(weight.data(), a, threads);
+    add_panels<CR>(y, source.data(), (const int32_t*)nullptr, taps, a, threads, compute);
 }
 
-// Both passes of depthwise layers, in tiles of ROWS x LANES pixels. The source map is copied with its padding,
-// split into S column phases: the source pixels that a tap needs for pixels side by side lie side by side.
+// Both passes of depthwise layers in tiles of ROWS x LANES pixels. The source map is copied with its padding,
+// split into S column phases: what a tap reads for pixels side by side lies side by side.
 template <bool grad, class Y, class X>
 static void add_depthwise(Y* out, const X* source, const X* w, const X* x, const Gather& a, int threads) {
     typedef Y y_vec __attribute__((vector_size(LANES * sizeof(Y))));
@@ -582,14 +571,15 @@ static int int_conv(Y* y, const X* x, const ConvShape* s, int64_t threads, Term 
     return 0;
 }
 
-extern "C" int add_conv2d_int(int64_t* y, const int32_t* x, const int32_t* w, const ConvShape* s, int64_t threads) {
+extern "C" int add_conv2d_int(int64_t* y, const int32_t* x, const int32_t* w, const ConvShape* s,
+                              int64_t threads) {
     return int_conv(y, x, s, threads, [=](int64_t k) {
         return [b = w[k]](int64_t v) { return -std::abs(v - b); };
     });
 }
 
-// 2^15 y for weights +-2^-e: bits 5k .. 5k + 4 of `packed`, after its first byte, hold 16 (w < 0) + e of weight k,
-// and 31 stands for weight 0 if the first byte is 1. A product is a shift of x to the left by 15 - e.
+// 2^15 y for weights +-2^-e: bits 5k .. 5k + 4 of `packed`, after its first byte, hold 16 (w < 0) + e of
+// weight k; 31 stands for weight 0 if the first byte is 1. A product is a shift of x to the left by 15 - e.
 extern "C" int shift_conv2d_int(int64_t* y, const int32_t* x, const uint8_t* packed, const ConvShape* s,
                                 int64_t threads) {
     return int_conv(y, x, s, threads, [=](int64_t k) {
@@ -602,12 +592,13 @@ extern "C" int shift_conv2d_int(int64_t* y, const int32_t* x, const uint8_t* pac
 
 #endif
 
-extern "C" int add_conv2d_forward(float* y, const float* x, const float* w, const ConvShape* s, int64_t where) {
+extern "C" int add_conv2d_forward(float* y, const float* x, const float* w, const ConvShape* s,
+                                  int64_t where) {
     return add<false>(y, x, w, x, forward_gather(*s), where);
 }
 
-extern "C" int add_conv2d_grad_x(float* gx, const float* g, const float* x, const float* w, const ConvShape* s,
-                                 int64_t where) {
+extern "C" int add_conv2d_grad_x(float* gx, const float* g, const float* x, const float* w,
+                                 const ConvShape* s, int64_t where) {
     int status = s->S > 1 ? clear(gx, inputs(*s), where) : 0;
     for (int k = 0; k < s->S * s->S && !status; ++k)
         status = add<true>(gx, g, w, x, grad_x_gather(*s, k / s->S, k % s->S), where);
