@@ -262,6 +262,8 @@ static inline vec vabs(vec a) { return (vec)((ivec)a & 0x7fffffff); }
 static inline vec clip(vec a) {            // to [-1, 1]; NaN to an end of it
 #ifdef AVX512
     return _mm512_range_ps(a, splat(1), 2);
+#elif defined(__x86_64__)
+    return MM(min_ps)(MM(max_ps)(a, splat(-1)), splat(1));
 #else
     const vec low = a > -1 ? a : splat(-1);
     return low < 1 ? low : splat(1);
