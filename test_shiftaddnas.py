@@ -405,6 +405,20 @@ def test_a_common_offset_of_100_leaves_an_error_below_1e_4(build):
 
 @needs_compiler
 @pytest.mark.parametrize("build", BUILDS)
+def test_the_gradient_of_x_keeps_its_digits_over_4608_terms_of_any_magnitude(build):
+    gen = rng(6)
+    with kernels(build) as device:
+        for size, weight_size in itertools.product((0.01, 1, 3, 8, 100), (0.01, 1)):
+            x = size * torch.randn(1, 4, 5, 5, generator=gen)
+            w = weight_size * torch.randn(512, 4, 3, 3, generator=gen)
+            g = torch.randn(1, 512, 5, 5, generator=gen)
+            wanted = add_reference(x, w, 1, 1, 1, g)[1]
+            found = run_add(x, w, g, (1, 1, 1), device)[1]
+            assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max(), (size, weight_size)
+
+
+@needs_compiler
+@pytest.mark.parametrize("build", BUILDS)
 def test_add_repeats_bit_for_bit_and_is_zero_on_equal_inputs(build):
     gen = rng(7)
     x, w = torch.randn(4, 16, 13, 13, generator=gen), torch.randn(20, 16, 3, 3, generator=gen)
@@ -637,7 +651,7 @@ int main() {
         if (s.KH > s.H + 2 * s.P || s.KW > s.W + 2 * s.P) continue;
         s.Ho = (s.H + 2 * s.P - s.KH) / s.S + 1, s.Wo = (s.W + 2 * s.P - s.KW) / s.S + 1;
         const size_t weights = (size_t)s.M * (s.C / s.G) * s.KH * s.KW;
-        std::vector<float> x(inputs(s)), w(weights), y(outputs(s)), gx(x.size());
+        std::vector<float> x(inputs(s)), w(weights), y((size_t)s.N * s.M * s.Ho * s.Wo), gx(x.size());
         for (auto* t : {&x, &w}) for (float& a : *t) a = float(pick(2001) - 1000) / 400;
         if (add_conv2d_forward(y.data(), x.data(), w.data(), &s, 1 + round % 3)) return 2;
         if (add_conv2d_grad_x(gx.data(), y.data(), x.data(), w.data(), &s, 1 + round % 3)) return 3;
