@@ -113,7 +113,7 @@ class Config:
     ema: float = flag(0.0, "decay of the average of the weights; 0: none", low=0, below=1)
     average_epochs: int = flag(0, "mean of the weights after each of the last epochs; 0: the last", low=0)
     teacher: str = flag(
-        "", "file of TorchScript or torch.export (.pt2), a program, so one that you trust: images in [0, 1] -> "
+        "", "file of TorchScript or torch.export (.pt2): a program, be sure to trust it. Images in [0, 1] -> "
         "logits. Half of the loss is the cross-entropy of its class", only="images"
     )
     amp: bool = flag(False, "forward passes in bfloat16 (autocast)")
