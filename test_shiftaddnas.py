@@ -2123,6 +2123,7 @@ BAD_FLAGS = [
     ("--beam 3", "--beam is for translation"),
     ("--recipe nothing", "--recipe 'nothing' is unknown"),
     ("--space translation --mixup 0.8", "--mixup is for images, not for space translation"),
+    ("--space translation --sampling single", "--sampling is for images, not for space translation"),
     ("--ema 1", "--ema must be below 1"),
     ("--ema 0.9 --average-epochs 2", "--ema 0.9 excludes --average-epochs 2"),
     ("--compile", "--compile needs --arch"),

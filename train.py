@@ -12,7 +12,8 @@
     torchrun --nproc-per-node 2 train.py --accumulate 2   two processes, each with its GPU if there are some
 
 Each step draws archs uniformly, as many as a position has operators and each operator of a position equally
-often, gives each a part of the images (--sampling single: one arch, as the official code does), and minimises
+often, gives each a part of the images (--sampling single, and translation: one arch, as the official code
+does), and minimises
 
     cross-entropy(supernet(x, archs), y) + kl_weight * divergence(archs)
 
@@ -24,7 +25,7 @@ network's are resized: their central 7/8, but random parts with --crop. Run agai
 interruption: the losses are those of an uninterrupted run. Every run logs to <out>/<name>.jsonl.
 
 The recipes of `hytra` and `bossnet_*` are the official ones, 300 epochs with crops, RandAugment, mixup,
-cutmix and erasing, but: the first epochs train (theirs step at 1e-6); test images are normalised as training
+cutmix and erasing, but: archs are drawn fairly; the first epochs train (theirs step at 1e-6); test images are normalised as training
 images (theirs with other constants on CIFAR); a supernet is judged by fixed archs with statistics of their
 own (theirs by random ones with shared statistics); crops are bilinear; RandAugment lacks equalise and
 sharpen; drop-path, which their networks ignore, is left out; the network that is returned is the --ema
@@ -78,7 +79,10 @@ class Config:
     sharing: str = flag("heterogeneous", "weights of conv, shift and add", choices=tuple(SHARING))
     kl_weight: float = flag(0.01, "weight of the divergences of shared weights", low=0)
     kl: str = flag("density", "their form", choices=("density", "official"))
-    sampling: str = flag("fair", "archs of an image batch", choices=("fair", "single"))
+    sampling: str = flag(
+        "fair", "archs of a batch: fair, each operator of a position equally often, or single, as published",
+        choices=("fair", "single"), only="images"
+    )
     shift_form: str = flag(
         "Q", "of shifts that share no weight: Q rounds one, PS has exponent and sign", choices=("Q", "PS")
     )
