@@ -25,11 +25,11 @@ network's are resized: their central 7/8, but random parts with --crop. Run agai
 interruption: the losses are those of an uninterrupted run. Every run logs to <out>/<name>.jsonl.
 
 The recipes of `hytra` and `bossnet_*` are the official ones, 300 epochs with crops, RandAugment, mixup,
-cutmix and erasing, but: archs are drawn fairly; the first epochs train (theirs step at 1e-6); test images are normalised as training
-images (theirs with other constants on CIFAR); a supernet is judged by fixed archs with statistics of their
-own (theirs by random ones with shared statistics); crops are bilinear; RandAugment lacks equalise and
-sharpen; drop-path, which their networks ignore, is left out; the network that is returned is the --ema
-average (theirs keeps it, unused). They are written for 8 GPUs: `accumulate` passes of `batch` images a step.
+cutmix and erasing, but: archs are drawn fairly; the first epochs train (theirs step at 1e-6); test images are
+normalised as training images (theirs with other constants on CIFAR); a supernet is judged by fixed archs with
+statistics of their own (theirs by random ones with shared statistics); crops are bilinear; RandAugment lacks
+equalise and sharpen; drop-path, which their networks ignore, is left out; the network that is returned is the
+--ema average (theirs keeps it, unused). They are written for 8 GPUs: `accumulate` passes of `batch` images.
 """
 
 import argparse
