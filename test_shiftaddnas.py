@@ -1900,6 +1900,7 @@ def test_a_compiled_network_has_the_losses_of_the_plain_one(tiny_data, tmp_path,
 
 def test_recalibration_gives_the_statistics_of_the_training_images():
     data, network = train.load_data("", FASHION), build(FASHION, "cc/cc/cc")
+    network.train()(torch.randn(9, 1, 28, 28, generator=rng()) * 5)  # statistics of other images
     train.recalibrate(network, data, images=64)
     x, _ = data.train.batch(np.arange(64))
     stem = network.stem[0]((x - data.mean) / data.std)
