@@ -273,7 +273,7 @@ def run_command(main):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; a training goes on with the same command and --resume", file=sys.stderr)
+        print("interrupted; search.py goes on with the same command, train.py with --resume", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
         if processes() == 1:
@@ -1638,6 +1638,8 @@ def main(argv=None):
         f"{data.size()} training examples | {config.device}, {torch.get_num_threads()} threads"
     )
     with output_folder(config.out):
+        if config.resume and not os.path.exists(path):
+            print(f"nothing to resume: {path} does not exist, training starts", file=sys.stderr)
         model = train(config, space, data, model, arch, path)
     reached = tested(config, data, model) if arch else {}
     print("".join(f"{name} {value:.2f} | " for name, value in reached.items()) + f"saved {path}")
