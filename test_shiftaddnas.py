@@ -2240,7 +2240,7 @@ def test_the_whole_story_twice_gives_the_same_result_and_survives_kills(tiny_dat
     flags = ["--data", tiny_data, "--epochs", 1, "--batch", 20, *counts.split()]
     run = command("search", *flags, "--out", tmp_path / "one")
     assert run.returncode == 0, run.stderr
-    for seconds in (4.0, 5.5):  # killed twice, somewhere, then left to end
+    for seconds in (3.0, 4.0):  # killed twice, somewhere, then left to end
         process = subprocess.Popen(
             [sys.executable, ROOT / "search.py", *map(str, flags), "--out", tmp_path / "two"],
             stdout=subprocess.DEVNULL,
