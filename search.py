@@ -4,7 +4,7 @@
     python search.py --budget 0.4               at most 40 % of the energy of the all-conv network
     python search.py --max-energy-mj 0.5 --max-params 150000 --generations 10
     python search.py --space translation        the same for translation, BLEU in out/translation/search.json
-    python search.py --study sharing            four ways to share weights, half an hour: results/sharing.md
+    python search.py --study sharing            ways to share weights, resumable: results/sharing.md
     python search.py --summary out/0,out/1,out/2 --out results          mean and deviation over seeds
     python search.py --figures                  figures of the results, results/*.png
 
@@ -821,6 +821,7 @@ def main(argv=None):
     if config.study and isinstance(space, TokenSpace):
         raise ValueError("--study sharing is for spaces of images")
     if config.study:
+        check_device(config.device)
         return study(config)
     check(config, space)
     data = load(config, space)
