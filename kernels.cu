@@ -49,10 +49,6 @@ struct Gather {
 
     BOTH int taps() const { return C * KH * KW; }
     BOTH int64_t pixels() const { return (int64_t)N * A * B; }
-    BOTH int64_t at(int64_t q) const {     // of pixel q = (n, a, b) in channel 0 of the result
-        const int64_t n = q / (A * B), r = q - n * (A * B);
-        return (n * G * M * height + r / B * step + row) * width + r % B * step + col;
-    }
 };
 
 static Gather forward_gather(const ConvShape& s) {
@@ -90,112 +86,197 @@ BOTH inline void mark_nan_weight(float* gx, const float* w, const ConvShape& s, 
 // ============================================================ gpu and emulate builds
 //
 // A kernel is a sequence of EACH_THREAD loops: on the GPU one thread's part closed by __syncthreads, emulated
-// the 256 threads of a block in turn, blocks on CPU threads. PRIVATE is a thread's array, MINE(a) its copy.
-constexpr int THREADS = 256, TP = 128, TM = 64, TK = 16;  // a tile: TP pixels x TM channels, TK taps a step
+// the 256 threads of a block in turn, blocks on CPU threads. PRIVATE is a thread's own, MINE(a) its copy.
+constexpr int THREADS = 256, TM = 64, TK = 16, DEPTH = 4;  // a step of a tile: TM channels, TK taps
 #ifdef __CUDACC__
+#define DEVICE static __device__ inline
 #define KERNEL static __global__ void __launch_bounds__(THREADS, 2)
 #define SHARED __shared__
 #define EACH_THREAD for (int t = threadIdx.x, go = 1; go; go = 0, __syncthreads())
-#define PRIVATE(name, size) float name size
+#define PRIVATE(type, name, size) type name size
 #define MINE(name) name
 #define UNROLL _Pragma("unroll")
-#define BLOCK ((int64_t)blockIdx.x)
+#define BLOCK int(blockIdx.x)
+// *p if there is one, else 0: the compiler would branch around each load, and the loads behind it would wait
+DEVICE float read(const float* p, bool real) {
+    float value;
+    asm("{ .reg .pred q; setp.ne.s32 q, %2, 0; mov.f32 %0, 0f00000000; @q ld.global.nc.f32 %0, [%1]; }"
+        : "=f"(value) : "l"(p), "r"(int(real)));
+    return value;
+}
+DEVICE void store_four(float* p, const float* y) { *(float4*)p = *(const float4*)y; }
 template <class... P, class... A>
 static int launch(void (*kernel)(P...), int64_t blocks, int64_t stream, A... a) {
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     if (blocks) kernel<<<unsigned(blocks), THREADS, 0, (cudaStream_t)stream>>>(a...);
     return cudaGetLastError();
 }
 #else
-static thread_local int64_t BLOCK;
+static thread_local int BLOCK;
+static float read(const float* p, bool real) { return real ? *p : 0; }
+static void store_four(float* p, const float* y) { std::copy(y, y + 4, p); }
 static float __saturatef(float a) { return a > 0 ? a < 1 ? a : 1 : 0; }
+#define DEVICE static inline
 #define KERNEL static void
 #define SHARED
 #define EACH_THREAD for (int t = 0; t < THREADS; ++t)
-#define PRIVATE(name, size) float name[THREADS] size
+#define PRIVATE(type, name, size) type name[THREADS] size
 #define MINE(name) name[t]
 #define UNROLL
 template <class... P, class... A>
 static int launch(void (*kernel)(P...), int64_t blocks, int64_t threads, A... a) {
 #pragma omp parallel for num_threads(int(threads))
-    for (int64_t block = 0; block < blocks; ++block) BLOCK = block, kernel(a...);
+    for (int64_t block = 0; block < blocks; ++block) BLOCK = int(block), kernel(a...);
     return 0;
 }
 #endif
 
-// Thread t owns 4 channels and 8 pixels of its block's tile: 4 and, 64 further, 4 (no bank is asked twice).
-BOTH inline int pixel_of(int t, int r) { return t % 16 * 4 + r % 4 + r / 4 * 64; }
-
-struct Tap { int c, u, v; };
-BOTH inline Tap tap_of(int k, const Gather& a) {
-    return k < a.taps() ? Tap{k / (a.KH * a.KW), k / a.KW % a.KH, k % a.KW} : Tap{-1, 0, 0};
+// One term of the sum for source value v, weight b, own x. Forward, two FADD (the absolute value is free).
+// grad: clip(d, -1, 1) = sat(d) - sat(-d), so two FADD.SAT, FADD and FFMA; sat(d/2 + 1/2) would save two, and
+// digits of small d.
+template <bool grad> DEVICE float term(float v, float b, float own) {
+    return grad ? v * (__saturatef(b - own) - __saturatef(own - b)) : -fabsf(v - b);
 }
 
-// out = -sum_k |source_k - w_k|, or with `grad` out = sum_k source_k clip(w_k - x, -1, 1). Blocks: pixels
-// fastest, then channels, groups. A step gathers TK taps of TP pixels and TM channels into shared memory, and
-// each thread adds 512 terms. Forward, a term is two FADD (the absolute value is free). grad: clip(d, -1, 1)
-// = sat(d) - sat(-d), so two FADD.SAT, FADD and FFMA. (sat(d/2 + 1/2) would save two, and digits of small d.)
-template <bool grad>
+// A tap's offset in source and weight, and its place in the kernel: out of every map past the last tap
+struct alignas(16) Tap { int source, w, u, v; };
+DEVICE Tap tap_of(int k, const Gather& a) {
+    const int c = k / (a.KH * a.KW), u = k / a.KW % a.KH, v = k % a.KW;
+    const int w = int(c * a.wc + u * a.wu + v * a.wv + a.w0);
+    return {(c * a.H + u) * a.W + v, w, k < a.taps() ? u : INT32_MIN / 2, v};
+}
+
+// Pixel (i, j) of image n. A block divides once by 64 bits, for its first pixel; its threads by 32.
+struct Pixel { int64_t n; int i, j; };
+DEVICE Pixel pixel_after(int64_t n, int r, const Gather& a) {  // r pixels after the first of image n
+    const int rest = r % (a.A * a.B);
+    return {n + r / (a.A * a.B), rest / a.B, rest % a.B};
+}
+DEVICE int64_t result_at(const Pixel& p, int channel, const Gather& a) {
+    const int64_t line = ((p.n * a.G * a.M + channel) * a.height + p.i * a.step + a.row);
+    return line * a.width + p.j * a.step + a.col;
+}
+
+// Where tap (0, 0, 0) of a pixel in group g lies in the source
+struct Place { const float* from; int row, col; };
+DEVICE Place place_of(const Pixel& p, int g, bool real, const float* source, const Gather& a) {
+    const int row = p.i * a.S + a.row0, col = p.j * a.S + a.col0;
+    return {source + ((p.n * a.G + g) * a.C * a.H + row) * a.W + col, real ? row : INT32_MIN / 2, col};
+}
+DEVICE bool in_map(const Place& p, int u, int v, const Gather& a) {
+    return unsigned(p.row + u) < unsigned(a.H) && unsigned(p.col + v) < unsigned(a.W);
+}
+
+// Thread t owns 4 channels and R pixels of its block's tile: 4 and, 64 further, 4 (no bank is asked twice).
+DEVICE int pixel_of(int t, int r) { return t % 16 * 4 + r % 4 + r / 4 * 64; }
+
+// out = sum_k term(source_k, w_k, x). Blocks: pixels fastest, then channels, groups. A step of TK taps lies in
+// shared memory and gives a thread TK * 4 R terms, while the next step's values are on their way to next_x, _w.
+template <bool grad, int R>
 KERNEL add_kernel(float* out, const float* source, const float* w, const float* x, Gather a,
-                  int64_t pixel_tiles, int channel_tiles) {
-    SHARED float xs[TK][TP];
+                  int pixel_tiles, int channel_tiles) {
+    constexpr int TP = 16 * R;
+    SHARED alignas(16) float xs[TK][TP];
     SHARED alignas(16) float ws[TK][TM + 4];
     SHARED Tap taps[TK];
-    PRIVATE(acc, [4][8]);
-    PRIVATE(own, [4][8]);
+    PRIVATE(float, acc, [4][R]);
+    PRIVATE(float, own, [4][R]);
+    PRIVATE(float, next_x, [R]);
+    PRIVATE(float, next_w, [4]);
+    PRIVATE(Place, place, );
     const int g = BLOCK / pixel_tiles / channel_tiles, m0 = BLOCK / pixel_tiles % channel_tiles * TM;
-    const int64_t q0 = BLOCK % pixel_tiles * TP, pixels = a.pixels(), area = (int64_t)a.height * a.width;
-    EACH_THREAD if (t < TK) taps[t] = tap_of(t, a);
-    UNROLL for (int r = 0; r < 8; ++r) EACH_THREAD {  // a barrier each: 32 loads at once spill
-        const int64_t q = q0 + pixel_of(t, r), at = a.at(q) + (g * a.M + m0 + t / 16 * 4) * area;
+    const int64_t q0 = (int64_t)(BLOCK % pixel_tiles) * TP, n0 = q0 / (a.A * a.B), area = (int64_t)a.height * a.width;
+    const int r0 = int(q0 - n0 * (a.A * a.B)), count = int(a.pixels() - q0 < TP ? a.pixels() - q0 : TP);
+    EACH_THREAD {
+        MINE(place) = place_of(pixel_after(n0, r0 + t % TP, a), g, t % TP < count, source, a);
+        if (t < TK) taps[t] = tap_of(t, a);
+    }
+    UNROLL for (int r = 0; r < R; ++r) EACH_THREAD {  // a barrier each: 32 loads at once spill
+        const int channel = m0 + t / 16 * 4;
+        const int64_t at = result_at(pixel_after(n0, r0 + pixel_of(t, r), a), g * a.M + channel, a);
         UNROLL for (int f = 0; f < 4; ++f) {
             MINE(acc)[f][r] = MINE(own)[f][r] = 0;
-            if (grad && q < pixels && m0 + t / 16 * 4 + f < a.M) MINE(own)[f][r] = x[at + f * area];
+            if (grad && pixel_of(t, r) < count && channel + f < a.M) MINE(own)[f][r] = x[at + f * area];
         }
     }
-    for (int k0 = 0; k0 < a.taps(); k0 += TK) {
+    for (int k0 = -TK; k0 < a.taps(); k0 += TK) {
         EACH_THREAD {
-            const int64_t q = q0 + t % TP, n = q / (a.A * a.B), r = q - n * (a.A * a.B);
-            const int i = r / a.B * a.S + a.row0, j = r % a.B * a.S + a.col0;
-            UNROLL for (int k = t / TP; k < TK; k += THREADS / TP) {
-                const Tap p = taps[k];
-                const bool inside = q < pixels && p.c >= 0 && unsigned(i + p.u) < unsigned(a.H) &&
-                                    unsigned(j + p.v) < unsigned(a.W);
-                const int64_t plane = (n * a.G + g) * a.C + p.c;
-                xs[k][t % TP] = inside ? source[(plane * a.H + i + p.u) * a.W + j + p.v] : 0;
+            UNROLL for (int r = 0; r < R; ++r) {
+                const Tap k = taps[t / TP + r * (THREADS / TP)];
+                MINE(next_x)[r] = read(MINE(place).from + k.source, in_map(MINE(place), k.u, k.v, a));
             }
-            const Tap p = taps[t % TK];
-            const int64_t at = g * a.wg + p.c * a.wc + p.u * a.wu + p.v * a.wv + a.w0;
-            UNROLL for (int m = t / TK; m < TM; m += THREADS / TK) {
-                const float b = p.c >= 0 && m0 + m < a.M ? w[at + (m0 + m) * a.wo] : 0;
-                ws[t % TK][m] = b;
+            const Tap k = taps[t % TK];
+            UNROLL for (int r = 0; r < 4; ++r) {
+                const int m = m0 + t / TK + r * (THREADS / TK);
+                MINE(next_w)[r] = read(w + (g * a.wg + m * a.wo + k.w), k.u >= 0 && m < a.M);
             }
+            UNROLL for (int k = 0; k < (k0 < 0 ? 0 : TK); ++k)
+                UNROLL for (int r = 0; r < 4 * R; ++r) {
+                    const float v = xs[k][pixel_of(t, r % R)], b = ws[k][t / 16 * 4 + r / R];
+                    MINE(acc)[r / R][r % R] += term<grad>(v, b, MINE(own)[r / R][r % R]);
+                }
         }
         EACH_THREAD {
-            for (int k = 0; k < TK; ++k) {
-                UNROLL for (int r = 0; r < 32; ++r) {
-                    const float v = xs[k][pixel_of(t, r % 8)], b = ws[k][t / 16 * 4 + r / 8];
-                    const float d = b - MINE(own)[r / 8][r % 8];
-                    MINE(acc)[r / 8][r % 8] += grad ? v * (__saturatef(d) - __saturatef(-d)) : fabsf(v - b);
+            UNROLL for (int r = 0; r < R; ++r) xs[t / TP + r * (THREADS / TP)][t % TP] = MINE(next_x)[r];
+            UNROLL for (int r = 0; r < 4; ++r) ws[t % TK][t / TK + r * (THREADS / TK)] = MINE(next_w)[r];
+            if (t < TK) taps[t] = tap_of(k0 + 2 * TK + t, a);
+        }
+    }
+    EACH_THREAD UNROLL for (int r = 0; r < R; r += 4) {
+        const int channel = m0 + t / 16 * 4, first = pixel_of(t, r);
+        const auto at = [&](int l) {
+            return result_at(pixel_after(n0, r0 + first + l, a), g * a.M + channel, a);
+        };
+        alignas(16) float y[4][4];
+        UNROLL for (int f = 0; f < 4; ++f) UNROLL for (int l = 0; l < 4; ++l) {
+            const float x0 = MINE(own)[f][r + l];
+            y[f][l] = x0 == x0 ? MINE(acc)[f][r + l] : x0;
+        }
+        if (first + 4 <= count && at(3) == at(0) + 3 && (at(0) | area) % 4 == 0) {
+            UNROLL for (int f = 0; f < 4; ++f)
+                if (channel + f < a.M) store_four(out + at(0) + f * area, y[f]);
+        } else {
+            UNROLL for (int l = 0; l < 4; ++l) UNROLL for (int f = 0; f < 4; ++f)
+                if (first + l < count && channel + f < a.M) out[at(l) + f * area] = y[f][l];
+        }
+    }
+}
+
+// The same for one channel a group, which would leave a tile empty. A thread makes one pixel of DEPTH images,
+// which share its taps; its images are n, n + images, ...
+template <bool grad>
+KERNEL add_depthwise_kernel(float* out, const float* source, const float* w, const float* x, Gather a,
+                            int pixel_tiles, int images) {
+    const int g = BLOCK / pixel_tiles;
+    const int64_t q0 = (int64_t)(BLOCK % pixel_tiles) * THREADS, n0 = q0 / (a.A * a.B);
+    const int64_t map = (int64_t)images * a.G * a.H * a.W, result = (int64_t)images * a.G * a.height * a.width;
+    EACH_THREAD {
+        const Pixel pixel = pixel_after(n0, int(q0 - n0 * (a.A * a.B)) + t, a);
+        const Place place = place_of(pixel, g, pixel.n < images, source, a);
+        const int64_t at = result_at(pixel, g, a);
+        float own[DEPTH], sum[DEPTH];
+        bool real[DEPTH];
+        UNROLL for (int d = 0; d < DEPTH; ++d) {
+            real[d] = pixel.n < images && pixel.n + d * images < a.N;
+            own[d] = read(grad ? x + at + d * result : x, grad && real[d]), sum[d] = 0;
+        }
+        for (int u = 0; u < a.KH; ++u)
+            for (int v = 0; v < a.KW; ++v) {
+                const float b = w[g * a.wg + u * a.wu + v * a.wv + a.w0];
+                const bool inside = in_map(place, u, v, a);
+                UNROLL for (int d = 0; d < DEPTH; ++d) {
+                    const float value = read(place.from + (u * a.W + v) + d * map, inside && real[d]);
+                    sum[d] += term<grad>(value, b, own[d]);
                 }
             }
-            if (t < TK) taps[t] = tap_of(k0 + TK + t, a);
-        }
-    }
-    EACH_THREAD {
-        UNROLL for (int r = 0; r < 8; ++r) {
-            const int64_t q = q0 + pixel_of(t, r), at = a.at(q) + (g * a.M + m0 + t / 16 * 4) * area;
-            UNROLL for (int f = 0; f < 4; ++f) {
-                const float x0 = MINE(own)[f][r], sum = MINE(acc)[f][r];
-                if (q < pixels && m0 + t / 16 * 4 + f < a.M)
-                    out[at + f * area] = !grad ? -sum : x0 == x0 ? sum : x0;
-            }
-        }
+        UNROLL for (int d = 0; d < DEPTH; ++d)
+            if (real[d]) out[at + d * result] = own[d] == own[d] ? sum[d] : own[d];
     }
 }
 
 KERNEL mark_nan_kernel(float* gx, const float* w, ConvShape s, int64_t count) {
     EACH_THREAD {
-        const int64_t k = BLOCK * THREADS + t;
+        const int64_t k = (int64_t)BLOCK * THREADS + t;
         if (k < count) mark_nan_weight(gx, w, s, k);
     }
 }
@@ -206,8 +287,15 @@ static int mark_nan_weights(float* gx, const float* w, const ConvShape& s, int64
 
 template <bool grad> static int add(float* out, const float* source, const float* w, const float* x,
                                     const Gather& a, int64_t stream) {
-    const int64_t pixel_tiles = ceil_div(a.pixels(), TP), blocks = pixel_tiles * ceil_div(a.M, TM) * a.G;
-    return launch(add_kernel<grad>, blocks, stream, out, source, w, x, a, pixel_tiles, ceil_div(a.M, TM));
+    constexpr int R = grad ? 4 : 8;
+    if (a.C == 1 && a.M == 1) {
+        const int images = ceil_div(a.N, DEPTH);
+        const int64_t tiles = ceil_div((int64_t)images * a.A * a.B, THREADS);
+        return launch(add_depthwise_kernel<grad>, tiles * a.G, stream, out, source, w, x, a, int(tiles), images);
+    }
+    const int64_t tiles = ceil_div(a.pixels(), 16 * R), blocks = tiles * ceil_div(a.M, TM) * a.G;
+    return launch(add_kernel<grad, R>, blocks, stream, out, source, w, x, a, int(tiles),
+                  ceil_div(a.M, TM));
 }
 
 #else

@@ -35,7 +35,7 @@ from cost_model import ACCOUNTINGS, PRIMITIVES, PUBLISHED, all_of, count_params,
 from cost_model import measured_latency_ms, measured_table, network_cost, network_layers, operations, short
 from shiftaddnas import REACH, SPACES, TYPES, Sharing, SharedWeight, Supernet, TokenSpace
 from shiftaddnas import build, find_space, median_ms, power_of_two
-from train import Config, Sentences, accuracy, bleu, check_device, file_name, flag, load, load_data
+from train import Config, Sentences, accuracy, bleu, use_device, file_name, flag, load, load_data
 from train import join_processes, load_supernet, make_model, make_optimizer, output_folder, parse, processes
 from train import rank, recalibrate, run_command, space_of, take_step, tested, token_loss, train, translate
 from train import write_text
@@ -759,7 +759,7 @@ def plot_weights(space, checkpoint, path):
 
 def check(config, space):
     """ValueError if the flags ask for what cannot be: by processes, measured latency or the budget."""
-    check_device(config.device)
+    use_device(config.device)
     join_processes(config)
     if config.resume and not os.path.exists(os.path.join(config.out, "supernet.pt")):
         raise ValueError(f"--resume: {config.out} holds no interrupted run")
@@ -821,7 +821,7 @@ def main(argv=None):
     if config.study and isinstance(space, TokenSpace):
         raise ValueError("--study sharing is for spaces of images")
     if config.study:
-        check_device(config.device)
+        use_device(config.device)
         return study(config)
     check(config, space)
     data = load(config, space)

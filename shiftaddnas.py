@@ -181,7 +181,8 @@ def attention2d(x, weight, head_dim, official=False):
     n, c, h, w = x.shape
     if c % head_dim:
         raise ValueError(f"head_dim must divide the {c} channels, got {head_dim}")
-    q, k, v = F.conv2d(x, weight).view(n, 3, c // head_dim, head_dim, h * w).transpose(3, 4).unbind(1)
+    qkv = F.linear(x.flatten(2).mT, weight[:, :, 0, 0])  # (N, HW, 3C): tokens side by side, as the products want
+    q, k, v = qkv.view(n, h * w, 3, c // head_dim, head_dim).permute(2, 0, 3, 1, 4).unbind()
     if official:
         y = (q @ k.transpose(2, 3) * head_dim**-0.5).softmax(3).transpose(2, 3) @ v
     else:
@@ -219,6 +220,8 @@ def conv_shape(x_size, w_size, stride, padding, groups):
     if min(KH, KW) < 1 or KH > H + 2 * padding or KW > W + 2 * padding:
         raise ValueError(f"the kernel must fit into the padded image: {sizes}")
     Ho, Wo = (H + 2 * padding - KH) // stride + 1, (W + 2 * padding - KW) // stride + 1
+    if max(C * H * W, M * Ho * Wo, M * Cg * KH * KW) >= 2**30:
+        raise ValueError(f"an image, its result and the weight must have fewer than 2^30 numbers: {sizes}")
     return ConvShape(N, C, H, W, M, KH, KW, stride, padding, groups, Ho, Wo)
 
 
@@ -1834,7 +1837,7 @@ class Translator(nn.Module):
 
 # ------------------------------------------------------------------------------------ the operator table
 
-LAYERS = {  # name: N, C, M, side, K, padding, groups
+LAYERS = {  # name: N, C, M, side, K, padding, groups; on a GPU 16 N, which fills it
     "3x3 64-64 16x16": (64, 64, 64, 16, 3, 1, 1),
     "3x3 128-128 8x8": (64, 128, 128, 8, 3, 1, 1),
     "1x1 256-64 8x8": (64, 256, 64, 8, 1, 0, 1),
@@ -1857,29 +1860,51 @@ def forced_path(path):
             os.environ["SHIFTADDNAS_KERNELS"] = before
 
 
+@contextmanager
+def tf32(allowed):
+    """Inside, convolutions and products on a GPU may round their float32 inputs to TF32, or may not."""
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = allowed
+        yield
+    finally:
+        for switch, value in zip(switches, before):
+            switch.allow_tf32 = value
+
+
 def median_ms(runs, device, seconds=0.1):
     """Median time in ms of each of several functions. They take turns, so that all meet the same machine: at
-    least 3 turns, until each has run for `seconds`. Of a turn's two calls the second, warm one counts."""
-    times = [[] for _ in runs]
-    while waiting := [k for k, own in enumerate(times) if len(own) < 3 or sum(own) < 1e3 * seconds]:
+    least 3 turns, until each has run for `seconds`. A turn is a warm call and a timed one, on a GPU ten that
+    wait in its queue."""
+    times, calls = [[] for _ in runs], 10 if device == "cuda" else 1
+    while waiting := [k for k, own in enumerate(times) if len(own) < 3 or sum(own) < 1e3 * seconds / calls]:
         for k in waiting:
-            for _ in range(2):
+            for count in (1, calls):
                 start = time.perf_counter()
-                runs[k]()
+                for _ in range(count):
+                    runs[k]()
                 if device == "cuda":
                     torch.cuda.synchronize()
                 elapsed = time.perf_counter() - start
-            times[k].append(1e3 * elapsed)
+            times[k].append(1e3 * elapsed / calls)
     return [statistics.median(own) for own in times]
 
 
-def extra_mb(run):
-    """Memory that run() takes beyond its result, MB, from Linux's high-water mark; nan elsewhere."""
+def extra_mb(run, device):
+    """Memory that run() takes beyond its result, MB, from torch's allocator on a GPU, else from Linux's
+    high-water mark; nan elsewhere."""
 
     def status(key):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024 / 1e6
 
+    if device == "cuda":
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = run()
+        return (torch.cuda.max_memory_allocated() - held - result.nbytes) / 1e6
     try:
         ctypes.CDLL(None).malloc_trim(0)  # glibc: hand freed memory back
         Path("/proc/self/clear_refs").write_text("5")  # Linux: start the mark anew
@@ -1891,9 +1916,10 @@ def extra_mb(run):
 
 
 def layer_operators(layer, device):
-    """(name, path, function, inputs, elements, scale) of each operator on one layer. An element is one term
-    of the sum; scale > 1 says that the inputs are 1/scale of the batch."""
+    """(name, context to run in, function, inputs, elements, scale) of each operator on one layer. An element is
+    one term of the sum; scale > 1 says that the inputs are 1/scale of the batch."""
     N, C, M, side, K, padding, groups = LAYERS[layer]
+    N *= 16 if device == "cuda" else 1
     g = torch.Generator().manual_seed(0)
     x = torch.randn(N, C, side, side, generator=g).to(device)
     w = (torch.randn(M, C // groups, K, K, generator=g) * 0.1).to(device)
@@ -1913,41 +1939,46 @@ def layer_operators(layer, device):
         patches = F.unfold(x, K, padding=padding).view(len(x), groups, 1, w[0].numel(), -1)
         return -(patches - w.view(1, groups, M // groups, -1, 1)).abs().sum(3)
 
-    yield "conv", "", conv, (x, w), elements, 1
-    for path in ["gpu"] if device == "cuda" else ["cpu", "cpu-portable"]:
-        yield f"add ({path})", path, add, (x, w), elements, 1
-    yield "add (unfold + cdist)", "off", add, (x[::16], w), elements, 16
-    yield "add (broadcast)", "", broadcast, (x[::64], w), elements, 64
+    def path(name):
+        return functools.partial(forced_path, name)
+
+    yield "conv", nullcontext, conv, (x, w), elements, 1
+    if device == "cuda":
+        yield "conv (TF32)", functools.partial(tf32, True), conv, (x, w), elements, 1
+    for name in ["gpu"] if device == "cuda" else ["cpu", "cpu-portable"]:
+        yield f"add ({name})", path(name), add, (x, w), elements, 1
+    yield "add (unfold + cdist)", path("off"), add, (x[::16], w), elements, 16
+    yield "add (broadcast)", nullcontext, broadcast, (x[::64], w), elements, 64
     if device == "cpu":
         bytes_ = [(t * 50 + 128).clamp(0, 255).to(torch.uint8) for t in (x, w)]
-        yield "add u8", "cpu", lambda x, w: add_conv2d_u8(x, w, 1, padding, groups), bytes_, elements, 1
-    yield "shift", "", lambda x, w: shift_conv2d(x, w, 1, padding, groups), (x, w), elements, 1
+        yield "add u8", nullcontext, lambda x, w: add_conv2d_u8(x, w, 1, padding, groups), bytes_, elements, 1
+    yield "shift", nullcontext, lambda x, w: conv(fixed_point(x), power_of_two(w)), (x, w), elements, 1
     pairs = 2 * heads.numel() * heads.shape[2]  # q k products and values, elements of this layer's tokens
-    yield "attention", "", F.scaled_dot_product_attention, (heads,) * 3, pairs, 1
+    yield "attention", nullcontext, F.scaled_dot_product_attention, (heads,) * 3, pairs, 1
 
 
 def measure(operators, device):
     """{name: (forward ms, forward + backward ms, extra MB of a forward, elements)} of a layer's operators,
     scaled to the whole batch; forward + backward is nan for bytes."""
 
-    def forward(path, function, inputs):
-        with forced_path(path), torch.no_grad():
+    def forward(context, function, inputs):
+        with context(), torch.no_grad():
             return function(*inputs)
 
-    def train(path, function, inputs):
+    def train(context, function, inputs):
         leaves = [t.detach().requires_grad_() for t in inputs]
-        with forced_path(path):
+        with context():
             y = function(*leaves)
             torch.autograd.grad(y, leaves, torch.ones_like(y))
 
-    names, paths, functions, inputs, elements, scales = zip(*operators)
-    calls = list(zip(paths, functions, inputs))
+    names, contexts, functions, inputs, elements, scales = zip(*operators)
+    calls = list(zip(contexts, functions, inputs))
     forward_ms = median_ms([functools.partial(forward, *call) for call in calls], device)
     floats = [k for k, own in enumerate(inputs) if own[0].is_floating_point()]
     train_ms = dict(zip(floats, median_ms([functools.partial(train, *calls[k]) for k in floats], device)))
     found = {}
     for k, name in enumerate(names):
-        extra = extra_mb(functools.partial(forward, *calls[k])) if device == "cpu" else math.nan
+        extra = extra_mb(functools.partial(forward, *calls[k]), device)
         times = scales[k] * forward_ms[k], scales[k] * train_ms.get(k, math.nan)
         found[name] = (*times, scales[k] * extra, elements[k])
     return found
@@ -1959,21 +1990,53 @@ def print_ratios(table):
     def ratio(above, below, column):
         return statistics.geometric_mean(own[above][column] / own[below][column] for own in table.values())
 
-    add = next(name for name in table["linear 512-512"] if name in ("add (cpu)", "add (gpu)"))
-    shares = {}
-    for layer, found in table.items():
-        N, C, _, side, K, _, _ = LAYERS[layer]
-        shares[layer] = found[add][2] / (N * C * K * K * side * side * 4 / 1e6)
+    names = list(next(iter(table.values())))
+    add = next(name for name in names if name in ("add (cpu)", "add (gpu)"))
     print("geometric means of the six layers:")
-    for name in next(iter(table.values())):
+    for name in names:
         forward, train = (ratio(name, "conv", column) for column in (0, 1))
         print(f"{name:22} / conv: forward {forward:6.2f}  fwd+bwd {train:6.2f}")
     for name in ("add (unfold + cdist)", "add (broadcast)"):
         print(f"{name:22} / {add}: forward {ratio(name, add, 0):6.1f}")
-    if "add u8" in next(iter(table.values())):
+    if "add u8" in names:
         print(f"{add:22} / add u8: forward {ratio(add, 'add u8', 0):6.2f}")
-        text = ", ".join(f"{share:.1%} ({layer})" for layer, share in shares.items())
-        print(f"extra memory of {add} over the im2col matrix: {text}")
+    shares = []
+    for layer, found in table.items():
+        _, _, extra, elements = found[add]
+        _, _, M, _, _, _, groups = LAYERS[layer]
+        shares.append(f"{extra / (elements * groups / M * 4 / 1e6):.1%} ({layer})")
+    print(f"extra memory of {add} over the im2col matrix: {', '.join(shares)}")
+
+
+def ceiling(device):
+    """(multiply-adds a second, 1e9, and how that was had): of a matrix product on a CPU, of the data sheet's 128
+    lanes a multiprocessor and its clock on a GPU."""
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        clock, lanes = gpu.clock_rate / 1e6, 128 * gpu.multi_processor_count
+        return clock * lanes, f"{lanes} lanes at {clock:.3f} GHz; add needs two FADD a term, so half is its own"
+    a = torch.randn(1024, 1024)
+    return 1024**3 / 1e6 / median_ms([lambda: a @ a], device)[0], "a float32 matrix product of 1024 x 1024"
+
+
+def print_device(device):
+    """The operator table of one device."""
+    names = [line.split(":")[1].strip() for line in cpu_model().splitlines() if line.startswith("model name")]
+    name, batch = (names or [platform.machine()])[0], f"{torch.get_num_threads()} threads"
+    if device == "cuda":
+        name, batch = torch.cuda.get_device_name(), "16 times the batch"
+    print(f"{name}, {batch}, torch {torch.__version__}; float32; medians; G/s = 10^9 elements a second")
+    most, reason = ceiling(device)
+    print(f"ceiling {most:.1f} G/s: {reason}")
+    print(f"{'layer':18}{'operator':22}{'forward ms':>11}{'G/s':>8}{'ceiling':>9}{'fwd+bwd ms':>12}{'extra MB':>10}")
+    table = {}
+    for layer in LAYERS:
+        table[layer] = measure(layer_operators(layer, device), device)
+        for operator, (ms, train_ms, extra, elements) in table[layer].items():
+            rate = elements / 1e6 / ms
+            own = most / 2 if operator == "add (gpu)" else most
+            print(f"{layer:18}{operator:22}{ms:11.3f}{rate:8.1f}{rate / own:9.0%}{train_ms:12.3f}{extra:10.1f}")
+    print_ratios(table)
 
 
 def operator_table():
@@ -1985,25 +2048,11 @@ def operator_table():
     if platform.libc_ver()[0] == "glibc":
         for option, size in ((-3, 2**25), (-1, 2**30)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, size)
-    names = [line.split(":")[1].strip() for line in cpu_model().splitlines() if line.startswith("model name")]
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        a = torch.randn(1024, 1024, device=device)
-        ceiling = 1024**3 / 1e6 / median_ms([lambda: a @ a], device)[0]
-        name = torch.cuda.get_device_name() if device == "cuda" else (names or [platform.machine()])[0]
-        threads = f"{torch.get_num_threads()} threads, " if device == "cpu" else ""
-        print(f"{name}, {threads}torch {torch.__version__}; medians; G/s = 10^9 elements a second")
-        print(f"ceiling {ceiling:.1f} G/s: a float32 matrix product of 1024 x 1024 (GPU add, 2 FADD: half)")
-        titles = f"{'forward ms':>11}{'G/s':>8}{'ceiling':>9}{'fwd+bwd ms':>12}{'extra MB':>10}"
-        print(f"{'layer':18}{'operator':22}{titles}")
-        table = {}
-        for layer in LAYERS:
-            table[layer] = measure(layer_operators(layer, device), device)
-            for operator, (ms, train_ms, extra, elements) in table[layer].items():
-                rate = elements / 1e6 / ms
-                figures = f"{ms:11.2f}{rate:8.1f}{rate / ceiling:9.0%}{train_ms:12.2f}{extra:10.1f}"
-                print(f"{layer:18}{operator:22}{figures}")
-        print_ratios(table)
-    if not torch.cuda.is_available():
+    print_device("cpu")
+    if torch.cuda.is_available():
+        with tf32(False):
+            print_device("cuda")
+    else:
         print("gpu: not measured (no GPU that torch can use)")
 
 

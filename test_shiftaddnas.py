@@ -640,7 +640,21 @@ SELFTEST = r"""
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
+#ifdef __CUDACC__
+template <class T> struct Memory {
+    using value_type = T;
+    T* allocate(size_t n) {
+        T* p = nullptr;
+        if (cudaMallocManaged(&p, n * sizeof(T))) exit(7);
+        return p;
+    }
+    void deallocate(T* p, size_t) { cudaFree(p); }
+};
+#else
+template <class T> using Memory = std::allocator<T>;
+#endif
 int main() {
+    typedef std::vector<float, Memory<float>> floats;
     srand(1);
     auto pick = [](int n) { return rand() % n; };
     for (int round = 0; round < ROUNDS; ++round) {
@@ -651,11 +665,18 @@ int main() {
         if (s.KH > s.H + 2 * s.P || s.KW > s.W + 2 * s.P) continue;
         s.Ho = (s.H + 2 * s.P - s.KH) / s.S + 1, s.Wo = (s.W + 2 * s.P - s.KW) / s.S + 1;
         const size_t weights = (size_t)s.M * (s.C / s.G) * s.KH * s.KW;
-        std::vector<float> x(inputs(s)), w(weights), y((size_t)s.N * s.M * s.Ho * s.Wo), gx(x.size());
+        floats x(inputs(s)), w(weights), y((size_t)s.N * s.M * s.Ho * s.Wo), gx(x.size());
+#ifdef __CUDACC__
+        const int64_t where = 0;
+#else
+        const int64_t where = 1 + round % 3;
+#endif
         for (auto* t : {&x, &w}) for (float& a : *t) a = float(pick(2001) - 1000) / 400;
-        if (add_conv2d_forward(y.data(), x.data(), w.data(), &s, 1 + round % 3)) return 2;
-        if (add_conv2d_grad_x(gx.data(), y.data(), x.data(), w.data(), &s, 1 + round % 3)) return 3;
-#ifndef EMULATE
+        if (add_conv2d_forward(y.data(), x.data(), w.data(), &s, where)) return 2;
+        if (add_conv2d_grad_x(gx.data(), y.data(), x.data(), w.data(), &s, where)) return 3;
+#if defined(__CUDACC__)
+        if (cudaDeviceSynchronize()) return 8;
+#elif !defined(EMULATE)
         std::vector<uint8_t> x8(x.size(), 7), w8(w.size(), 9), packed(2 + w.size(), 13);
         std::vector<int32_t> y32(y.size()), xi(x.size(), -5), wi(w.size(), 6);
         std::vector<int64_t> y64(y.size());
@@ -671,21 +692,29 @@ int main() {
 
 @needs_compiler
 @pytest.mark.skipif(not os.environ.get("SHIFTADDNAS_SANITIZE"), reason="SHIFTADDNAS_SANITIZE=1 runs these")
-@pytest.mark.parametrize("tool", ["sanitizers", "valgrind"])
-@pytest.mark.parametrize("flags", ["-mavx2 -mfma", "", "-DEMULATE"])
+@pytest.mark.parametrize(
+    "flags, tool",
+    [
+        *itertools.product(["-mavx2 -mfma", "", "-DEMULATE"], ["sanitizers", "valgrind -q --error-exitcode=9"]),
+        *(("gpu", f"compute-sanitizer --error-exitcode=9 --tool={name}") for name in ("memcheck", "racecheck")),
+    ],
+)
 def test_kernels_are_clean_under_sanitizers(tmp_path, flags, tool):
-    if tool == "valgrind" and not shutil.which("valgrind"):
-        pytest.skip("no valgrind on this machine")
-    source, program = tmp_path / "selftest.cpp", tmp_path / "selftest"
+    name, *_ = prefix = tool.split()
+    compiler = os.environ.get("CXX", "g++")
+    command = [compiler, "-g", "-O1", "-std=c++20", "-fopenmp", *flags.split(), "-DROUNDS=60"]
+    if flags == "gpu":
+        command = ["nvcc", "-lineinfo", "-std=c++17", "-arch=native", "-DROUNDS=60"]
+    if name == "sanitizers":
+        command[-1:], prefix = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DROUNDS=400"], []
+    elif not shutil.which(name) or flags == "gpu" and not torch.cuda.is_available():
+        pytest.skip(f"no {name} or no GPU on this machine")
+    source, program = tmp_path / f"selftest.{'cu' if flags == 'gpu' else 'cpp'}", tmp_path / "selftest"
     source.write_text(SELFTEST.replace("KERNELS", str(ROOT / "kernels.cu")))
-    checks = "-fsanitize=address,undefined -fno-sanitize-recover=all -DROUNDS=400"
-    extra = "-DROUNDS=60" if tool == "valgrind" else checks
-    compiler = [os.environ.get("CXX", "g++"), "-g", "-O1", "-std=c++20", "-fopenmp"]
-    subprocess.run([*compiler, *flags.split(), *extra.split(), source, "-o", program], check=True)
-    prefix = ["valgrind", "-q", "--error-exitcode=9"] if tool == "valgrind" else []
+    subprocess.run([*command, source, "-o", program], check=True)
     env = {**ONE_THREAD, "ASAN_OPTIONS": "detect_leaks=0"}
     run = subprocess.run([*prefix, program], capture_output=True, text=True, env=env)
-    assert (run.returncode, run.stdout.strip()) == (0, "clean"), run.stderr[-3000:]
+    assert run.returncode == 0 and "clean" in run.stdout, run.stdout[-2000:] + run.stderr[-3000:]
 
 
 # --------------------------------------------------------------------------------------------- §3 sharing
@@ -795,7 +824,8 @@ def test_gradient_reaches_the_weight_of_every_op(mode, letter):
 
 def test_gradients_of_conv_shift_and_add_on_a_shared_weight_are_of_one_size():
     space = replace(FASHION, name="shallow", ops=("csa",) * 3, depths=((1, 1, 1),))
-    data, generator, config = train.load_data("", FASHION), rng(), train.Config()
+    generator, config = rng(), train.Config(device="cpu")
+    data = train.load_data("", FASHION, config)
     supernet = Supernet(space).train()
     for block in supernet.blocks.values():
         torch.nn.init.ones_(block.bn3.weight)
@@ -1505,7 +1535,7 @@ def start_processes(count, program, *flags):
 def test_two_processes_train_and_three_search_as_one_does(tiny_data, tmp_path):
     # naive: a balanced add gradient is thousands of times the true one, and so is its rounding noise
     flags = ["--sharing", "naive", "--data", tiny_data, "--epochs", 2, "--batch", 10, "--accumulate", 6]
-    flags.append("--out")
+    flags += ["--device", "cpu", "--out"]
     one = command("train", *flags, tmp_path / "one")
     several = start_processes(2, "train", *flags, tmp_path / "two")
     assert one.returncode == 0 and several.wait(120) == 0, one.stderr + several.stderr.read()
@@ -1544,7 +1574,7 @@ PARTS = {  # of a recipe, in small
 
 def test_two_processes_take_the_steps_of_one_with_the_whole_recipe_and_an_arch_a_pass(tiny_data, tmp_path):
     flags = ["--data", tiny_data, "--epochs", 3, "--batch", 10, "--accumulate", 4, "--arch-per-pass"]
-    flags += ["--kl", "official", *itertools.chain(*PARTS.values()), "--out"]
+    flags += ["--kl", "official", *itertools.chain(*PARTS.values()), "--device", "cpu", "--out"]
     one = command("train", *flags, tmp_path / "one")
     several = start_processes(2, "train", *flags, tmp_path / "two")
     assert one.returncode == 0 and several.wait(120) == 0, one.stderr + several.stderr.read()
@@ -1559,7 +1589,7 @@ def test_average_epochs_gives_the_mean_of_the_weights_after_the_last_epochs(tiny
     space, weights = FASHION, {}
     settings = {"schedule": "inverse-sqrt", "warmup": 1, "data": str(tiny_data), "batch": 30}
     for name, epochs, average in (("two", 2, 0), ("three", 3, 0), ("mean", 3, 2)):
-        config = train.Config(epochs=epochs, average_epochs=average, **settings)
+        config = train.Config(epochs=epochs, average_epochs=average, device="cpu", **settings)
         data, network = train.load(config, space), build(space, "cc/cc/cc")
         path = str(tmp_path / f"{name}.pt")
         weights[name] = train.train(config, space, data, network, "cc/cc/cc", path).state_dict()
@@ -1626,7 +1656,7 @@ def test_runs_killed_at_random_moments_end_with_the_losses_of_a_whole_run(tiny_d
     flags = ["--data", tiny_data, "--epochs", f"{4 * kills}", "--batch", "30", "--ema", "0.9", "--mixup", "1"]
     run = subprocess.run(
         [sys.executable, "-c", KILLED, ROOT, str(kills), tmp_path, *flags], capture_output=True, text=True,
-        env=ONE_THREAD, timeout=600,
+        env={**ONE_THREAD, "CUDA_VISIBLE_DEVICES": ""}, timeout=600,  # a fork cannot use its parent's GPU
     )
     assert run.returncode == 0, run.stderr
     print(run.stdout)
@@ -1645,7 +1675,8 @@ def test_passes_that_cannot_be_shared_and_too_few_archs_are_one_sentence(tiny_da
 
 
 def test_if_one_process_is_killed_the_others_say_so_and_stop(tiny_data, tmp_path):
-    flags = ["--data", tiny_data, "--epochs", 5000, "--batch", 10, "--accumulate", 2, "--out", tmp_path / "o"]
+    flags = ["--data", tiny_data, "--epochs", 5000, "--batch", 10, "--accumulate", 2, "--device", "cpu"]
+    flags += ["--out", tmp_path / "o"]
     run, log = start_processes(2, "train", *flags), tmp_path / "o" / "supernet.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (tmp_path / "o" / "supernet.pt").exists():
@@ -2320,7 +2351,8 @@ def test_the_sharing_study_is_resumed_and_writes_its_table(tiny_data, tmp_path, 
 
 def test_a_trained_supernet_ranks_a_broken_operator_last():
     space = replace(FASHION, name="shallow", ops=("csa",) * 3, depths=((1, 1, 1),))
-    data, generator, config = train.load_data("", FASHION), rng(), train.Config()
+    generator, config = rng(), train.Config(device="cpu")
+    data = train.load_data("", FASHION, config)
     supernet = Supernet(space).train()
     for key, block in supernet.blocks.items():
         for layer in block.modules() if key.endswith("c") else ():
@@ -2420,7 +2452,9 @@ def test_figures_are_drawn_from_the_committed_results(results, capsys):
     assert [figure.relative_to(results).as_posix() for figure in drawn] == [
         "archs.png", "energy.png", "pareto.png", "translation/archs.png", "translation/pareto.png"]
     assert all(1000 < figure.stat().st_size < 150_000 for figure in drawn)
-    assert "stem  [s][s] / [s][s][c] / [s][c][a]  head\n" in capsys.readouterr().out
+    winner = next(row["arch"] for row in runs[0]["table"] if row["name"] == "winner")
+    cells = " / ".join("".join(f"[{op}]" for op in stage) for stage in winner.split("/"))
+    assert f"stem  {cells}  head\n" in capsys.readouterr().out
 
 
 def test_without_matplotlib_figures_are_one_line(results, capsys, monkeypatch):

@@ -226,8 +226,15 @@ def check_flag(f, value):
         raise ValueError(f"{name} must be below {limits['below']}, got {value}")
 
 
-def check_device(name):
-    """ValueError unless torch can put a tensor on the device."""
+def use_device(name):
+    """Makes runs on a GPU repeat, as those on a CPU do: same seed, same log. ValueError unless torch can put a
+    tensor on the device."""
+    if name.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # their gradients do not repeat
+        torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -249,11 +256,14 @@ def join_processes(config):
     writes files and the screen. ValueError if torch lacks the backend."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
         return
-    backend = "nccl" if config.device.startswith("cuda") else "gloo"
+    backend = "nccl" if gpus(config) else "gloo"
     if not dist.is_available() or not dist.is_backend_available(backend):
         raise ValueError(f"--device {config.device} needs the backend {backend}, which this torch lacks")
     if config.device == "cuda":
-        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= gpus:
+            raise ValueError(f"process {number} needs a GPU of its own, and this machine has {gpus}: --device cpu")
+        config.device = f"cuda:{number}"
         torch.cuda.set_device(config.device)
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
     if rank():
@@ -542,8 +552,8 @@ def fit(x, side):
 def sample_at(x, rows, side, padding):
     """x (B, C, H, W) at the places `rows`, two lists (x, y) of three numbers or tensors (B,), gives to the
     output (x, y, 1), both from -1 to 1: (B, C, side, side), bilinear; "border" or "zeros" outside."""
-    rows = [torch.stack([torch.as_tensor(v).expand(len(x)) for v in row], 1) for row in rows]
-    theta = torch.stack(rows, 1).to(x)
+    rows = [torch.stack([torch.as_tensor(v).to(x).expand(len(x)) for v in row], 1) for row in rows]
+    theta = torch.stack(rows, 1)
     grid = F.affine_grid(theta, (*x.shape[:2], side, side), align_corners=False)
     return F.grid_sample(x, grid, padding_mode=padding, align_corners=False)
 
@@ -1209,7 +1219,7 @@ def memory_bytes(config, space, model, arch):
 def require_memory(config, space, model, arch):
     """ValueError if training needs more than is free."""
     state, activations = memory_bytes(config, space, model, arch)
-    local = 1 if config.device.startswith("cuda") else processes()
+    local = 1 if gpus(config) else processes()
     need, free = local * (state + activations), free_bytes(config.device)
     if need > free:
         raise ValueError(
@@ -1316,6 +1326,11 @@ def losses_of(config, model, arch, drawn, batch, generator, teacher=None):
     return loss_ce + config.kl_weight * model.divergence(drawn, *settings), loss_ce
 
 
+def gpus(config):
+    """The GPU of this process, as a list; empty if it runs on another device."""
+    return [config.device] if config.device.startswith("cuda") else []
+
+
 def checkpoint(config, space, arch, model, optimizer, generator, average, step, order):
     """All that an exact continuation needs, as one dict of tensors and plain values."""
     return ({"average": average.state_dict()} if average else {}) | {
@@ -1327,7 +1342,7 @@ def checkpoint(config, space, arch, model, optimizer, generator, average, step, 
         "step": step,
         "order": order,
         "generator": generator.get_state(),
-        "torch_rng": torch.get_rng_state(),
+        "torch_rng": [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in gpus(config))],  # dropout
     }
 
 
@@ -1368,7 +1383,9 @@ def restore(path, config, space, arch, model, optimizer, generator, average):
         average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])
     generator.set_state(state["generator"])
-    torch.set_rng_state(state["torch_rng"])
+    torch.set_rng_state(state["torch_rng"][0])
+    for device, drawn in zip(gpus(config), state["torch_rng"][1:]):
+        torch.cuda.set_rng_state(drawn, device)
     return state["step"], state["order"]
 
 
@@ -1586,7 +1603,7 @@ def benchmark(config, space, arch, steps=3):
     foreseen = sum(p.numel() * p.element_size() for p in model.parameters())
     foreseen += sum(memory_bytes(config, space, model, arch))
     rows = data.epoch(config.batch * config.accumulate, generator)[0]
-    on_gpu, times = config.device.startswith("cuda"), []
+    on_gpu, times = bool(gpus(config)), []
 
     def lap():
         if on_gpu:
@@ -1615,7 +1632,7 @@ def benchmark(config, space, arch, steps=3):
 def main(argv=None):
     """The command line of train.py."""
     config = parse(Config, __doc__, argv)
-    check_device(config.device)
+    use_device(config.device)
     join_processes(config)
     if config.translate:
         return translate_stdin(config)
