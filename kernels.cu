@@ -44,7 +44,8 @@ static int64_t weights(const ConvShape& s) { return (int64_t)s.M * (s.C / s.G) *
 struct Gather {
     int N, A, B, G;                        // result pixels a channel N x A x B; groups
     int C, H, W, S, row0, col0, KH, KW;    // source: channels a group, map, stride, first tap, taps
-    int M, height, width, step, row, col;  // result: channels a group, map, place of the pixels in it
+    int M, width, step, row, col;          // result: channels a group, width, place of the pixels in a map
+    int64_t image, channel;                // result: from image to image, channel to channel
     int64_t wg, wo, wc, wu, wv, w0;
 
     BOTH int taps() const { return C * KH * KW; }
@@ -53,7 +54,8 @@ struct Gather {
 
 static Gather forward_gather(const ConvShape& s) {
     const int Cg = s.C / s.G, Mg = s.M / s.G, area = s.KH * s.KW;
-    return {s.N, s.Ho, s.Wo, s.G, Cg, s.H, s.W, s.S, -s.P, -s.P, s.KH, s.KW, Mg, s.Ho, s.Wo, 1, 0, 0,
+    const int64_t map = (int64_t)s.Ho * s.Wo;
+    return {s.N, s.Ho, s.Wo, s.G, Cg, s.H, s.W, s.S, -s.P, -s.P, s.KH, s.KW, Mg, s.Wo, 1, 0, 0, s.M * map, map,
             (int64_t)Mg * Cg * area, Cg * area, area, s.KW, 1, 0};
 }
 
@@ -66,7 +68,8 @@ static Gather grad_x_gather(const ConvShape& s, int row, int col) {
     const int row0 = (row + s.P) / s.S - KH + 1, col0 = (col + s.P) / s.S - KW + 1;
     const int A = KH && row < s.H ? std::min(ceil_div(s.H - row, s.S), s.Ho - row0) : 0;
     const int B = KW && col < s.W ? std::min(ceil_div(s.W - col, s.S), s.Wo - col0) : 0;
-    return {s.N, A, B, s.G, Mg, s.Ho, s.Wo, 1, row0, col0, KH, KW, Cg, s.H, s.W, s.S, row, col,
+    const int64_t map = (int64_t)s.H * s.W;
+    return {s.N, A, B, s.G, Mg, s.Ho, s.Wo, 1, row0, col0, KH, KW, Cg, s.W, s.S, row, col, s.C * map, map,
             (int64_t)Mg * Cg * area, area, (int64_t)Cg * area, -s.S * s.KW, -s.S,
             (u0 + s.S * (KH - 1)) * s.KW + v0 + s.S * (KW - 1)};
 }
@@ -153,8 +156,8 @@ DEVICE Pixel pixel_after(int64_t n, int r, const Gather& a) {  // r pixels after
     return {n + r / (a.A * a.B), rest / a.B, rest % a.B};
 }
 DEVICE int64_t result_at(const Pixel& p, int channel, const Gather& a) {
-    const int64_t line = ((p.n * a.G * a.M + channel) * a.height + p.i * a.step + a.row);
-    return line * a.width + p.j * a.step + a.col;
+    const int64_t line = (int64_t)(p.i * a.step + a.row) * a.width;
+    return p.n * a.image + channel * a.channel + line + p.j * a.step + a.col;
 }
 
 // Where tap (0, 0, 0) of a pixel in group g lies in the source
@@ -185,7 +188,7 @@ KERNEL add_kernel(float* out, const float* source, const float* w, const float* 
     PRIVATE(float, next_w, [4]);
     PRIVATE(Place, place, );
     const int g = BLOCK / pixel_tiles / channel_tiles, m0 = BLOCK / pixel_tiles % channel_tiles * TM;
-    const int64_t q0 = (int64_t)(BLOCK % pixel_tiles) * TP, n0 = q0 / (a.A * a.B), area = (int64_t)a.height * a.width;
+    const int64_t q0 = (int64_t)(BLOCK % pixel_tiles) * TP, n0 = q0 / (a.A * a.B);
     const int r0 = int(q0 - n0 * (a.A * a.B)), count = int(a.pixels() - q0 < TP ? a.pixels() - q0 : TP);
     EACH_THREAD {
         MINE(place) = place_of(pixel_after(n0, r0 + t % TP, a), g, t % TP < count, source, a);
@@ -196,7 +199,7 @@ KERNEL add_kernel(float* out, const float* source, const float* w, const float* 
         const int64_t at = result_at(pixel_after(n0, r0 + pixel_of(t, r), a), g * a.M + channel, a);
         UNROLL for (int f = 0; f < 4; ++f) {
             MINE(acc)[f][r] = MINE(own)[f][r] = 0;
-            if (grad && pixel_of(t, r) < count && channel + f < a.M) MINE(own)[f][r] = x[at + f * area];
+            if (grad && pixel_of(t, r) < count && channel + f < a.M) MINE(own)[f][r] = x[at + f * a.channel];
         }
     }
     for (int k0 = -TK; k0 < a.taps(); k0 += TK) {
@@ -232,12 +235,12 @@ KERNEL add_kernel(float* out, const float* source, const float* w, const float* 
             const float x0 = MINE(own)[f][r + l];
             y[f][l] = x0 == x0 ? MINE(acc)[f][r + l] : x0;
         }
-        if (first + 4 <= count && at(3) == at(0) + 3 && (at(0) | area) % 4 == 0) {
+        if (first + 4 <= count && at(3) == at(0) + 3 && (at(0) | a.channel) % 4 == 0) {
             UNROLL for (int f = 0; f < 4; ++f)
-                if (channel + f < a.M) store_four(out + at(0) + f * area, y[f]);
+                if (channel + f < a.M) store_four(out + at(0) + f * a.channel, y[f]);
         } else {
             UNROLL for (int l = 0; l < 4; ++l) UNROLL for (int f = 0; f < 4; ++f)
-                if (first + l < count && channel + f < a.M) out[at(l) + f * area] = y[f][l];
+                if (first + l < count && channel + f < a.M) out[at(l) + f * a.channel] = y[f][l];
         }
     }
 }
@@ -249,7 +252,7 @@ KERNEL add_depthwise_kernel(float* out, const float* source, const float* w, con
                             int pixel_tiles, int images) {
     const int g = BLOCK / pixel_tiles;
     const int64_t q0 = (int64_t)(BLOCK % pixel_tiles) * THREADS, n0 = q0 / (a.A * a.B);
-    const int64_t map = (int64_t)images * a.G * a.H * a.W, result = (int64_t)images * a.G * a.height * a.width;
+    const int64_t map = (int64_t)images * a.G * a.H * a.W, result = images * a.image;
     EACH_THREAD {
         const Pixel pixel = pixel_after(n0, int(q0 - n0 * (a.A * a.B)) + t, a);
         const Place place = place_of(pixel, g, pixel.n < images, source, a);
@@ -373,7 +376,8 @@ static inline evec sad(evec a, evec b) {   // sum of |a - b| over the bytes of e
 // Calls work(job, thread) for every job in [0, jobs) on torch's own OpenMP team: a second pool would fight
 // its idle workers, which spin, for the cores. One job writes each result: the thread count changes no bit.
 template <class Work> static void parallel(int64_t jobs, int threads, Work work) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && jobs > 1)
+    const int64_t chunk = std::max<int64_t>(1, jobs / (16 * threads));
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1 && jobs > 1)
     for (int64_t job = 0; job < jobs; ++job) work(job, omp_get_thread_num());
 }
 
@@ -397,7 +401,7 @@ struct Pixels {
         for (int l = 0; l < PW; ++l) {
             const int u = l < count ? i * a.S + a.row0 : -a.KH, v = j * a.S + a.col0;  // outside past the end
             row[l / 8][l % 8] = u, col[l / 8][l % 8] = v, from[l] = (n * a.G * a.C * a.H + u) * a.W + v;
-            at[l] = (n * a.G * a.M * a.height + i * a.step + a.row) * a.width + j * a.step + a.col;
+            at[l] = n * a.image + (int64_t)(i * a.step + a.row) * a.width + j * a.step + a.col;
             if (++j == a.B) j = 0, ++i;
             if (i == a.A) i = 0, ++n;
         }
@@ -442,55 +446,79 @@ static void pack(Row<T>* panel, const T* source, const Gather& a, int g, const P
     }
 }
 
-// The weights of R channels as taps[tile][k][R], the last channel of a group repeated to a whole tile
-template <int R, class T> static std::vector<T> lay_taps(const T* w, const Gather& a, int threads) {
-    const int64_t rows = ceil_div(a.M, R) * R;
-    std::vector<T> taps(a.G * rows * a.taps());
-    parallel(a.G * rows, threads, [&](int64_t job, int) {
-        const T* from = w + job / rows * a.wg + std::min<int64_t>(job % rows, a.M - 1) * a.wo + a.w0;
-        T* to = taps.data() + job / R * a.taps() * R + job % R;
+// The weights of R channels from o on, k by k: rows of w where k counts on in them, the last one repeated
+template <int R, class T> struct Rows {
+    const T* row[R];
+
+    Rows(const T* w, const Gather& a, int g, int o) {
+        for (int r = 0; r < R; ++r) row[r] = w + g * a.wg + std::min(o + r, a.M - 1) * a.wo + a.w0;
+    }
+    const T* at(int k, int r) const { return row[r] + k; }
+};
+
+// or, where k does not, laid out so for all channels, as rows of one group
+template <class T> static std::vector<T> lay_rows(const T* w, Gather& a, int threads) {
+    std::vector<T> rows((int64_t)a.G * a.M * a.taps());
+    parallel((int64_t)a.G * a.M, threads, [&](int64_t channel, int) {
+        const T* from = w + channel / a.M * a.wg + channel % a.M * a.wo + a.w0;
+        T* to = rows.data() + channel * a.taps();
         for (int c = 0; c < a.C; ++c)
             for (int u = 0; u < a.KH; ++u)
-                for (int v = 0; v < a.KW; ++v, to += R) *to = from[c * a.wc + u * a.wu + v * a.wv];
+                for (int v = 0; v < a.KW; ++v) *to++ = from[c * a.wc + u * a.wu + v * a.wv];
     });
-    return taps;
+    a.wo = a.taps(), a.wg = a.M * a.wo, a.w0 = 0;
+    return rows;
 }
 
-// Packs the pixels panel by panel; compute(tile, panel, taps[k][R], result[R][PW]) makes R channels of `out`.
-// `result` holds those of `in`, if there is one, before.
+// In a linear layer pixels and filters can exchange their roles. Then results lie side by side.
+static bool exchangeable(const Gather& a) {
+    return a.G * a.H * a.W * a.A * a.B * a.KH * a.KW == 1 && a.row0 == 0 && a.col0 == 0 && a.M >= 2 * PW;
+}
+static Gather exchanged_forward(const Gather& a) {  // x reads w's rows, which are its pixels
+    return {a.M, 1, 1, 1, a.C, 1, 1, 1, 0, 0, 1, 1, a.N, 1, 1, 0, 0, 1, a.M, 0, a.C, 1, 0, 0, 0};
+}
+static Gather exchanged_grad_x(const Gather& a) {   // g reads w's columns
+    return {1, 1, a.M, 1, a.C, 1, a.M, 1, 0, 0, 1, 1, a.N, a.M, 1, 0, 0, 0, a.M, 0, a.C, 1, 0, 0, 0};
+}
+
+// Packs the pixels panel by panel; compute(g, o, panel, result[R][PW]) makes the R channels from o on of `out`.
+// `result` holds those of `in`, if there is one, before. A job has at most 64 tiles.
 template <int R, class Y, class T, class Compute>
-static void add_panels(Y* out, const T* source, const Y* in, const std::vector<T>& taps, const Gather& a,
-                       int threads, Compute compute) {
-    const int64_t K = a.taps(), tiles = ceil_div(a.M, R), map = (int64_t)a.height * a.width;
+static void add_panels(Y* out, const T* source, const Y* in, const Gather& a, int threads, Compute compute) {
+    const int K = a.taps(), chunks = ceil_div(a.M, 64 * R);
     std::vector<Row<T>> work(threads * (K + 1));
-    parallel(ceil_div(a.pixels(), PW), threads, [&](int64_t job, int thread) {
+    parallel(ceil_div(a.pixels(), PW) * chunks, threads, [&](int64_t job, int thread) {
         Row<T>* panel = work.data() + thread * (K + 1);
-        const Pixels pixels(a, job * PW);
-        for (int64_t tile = 0; tile < a.G * tiles; ++tile) {
-            const int64_t g = tile / tiles, o = tile % tiles * R, rows = std::min<int64_t>(R, a.M - o);
-            if (o == 0) pack(panel, source, a, int(g), pixels);
-            alignas(64) Y result[R][PW];
-            if (in) std::memset(result, 0, sizeof result);
-            for (int r = 0; in && r < rows; ++r) pixels.each_run([&](int l, int size) {
-                std::memcpy(result[r] + l, in + (g * a.M + o + r) * map + pixels.at[l], size * sizeof(Y));
-            });
-            compute(tile, panel, taps.data() + tile * K * R, result);
-            for (int r = 0; r < rows; ++r) pixels.each_run([&](int l, int size) {
-                std::memcpy(out + (g * a.M + o + r) * map + pixels.at[l], result[r] + l, size * sizeof(Y));
-            });
+        const Pixels pixels(a, job / chunks * PW);
+        const int start = int(job % chunks) * 64 * R, end = std::min(a.M, start + 64 * R);
+        for (int g = 0; g < a.G; ++g) {
+            pack(panel, source, a, g, pixels);
+            for (int o = start; o < end; o += R) {
+                const int rows = std::min(R, end - o);
+                const int64_t at = ((int64_t)g * a.M + o) * a.channel;
+                alignas(64) Y result[R][PW];
+                if (in) std::memset(result, 0, sizeof result);
+                for (int r = 0; in && r < rows; ++r) pixels.each_run([&](int l, int size) {
+                    std::memcpy(result[r] + l, in + at + r * a.channel + pixels.at[l], size * sizeof(Y));
+                });
+                compute(g, o, panel, result);
+                for (int r = 0; r < rows; ++r) pixels.each_run([&](int l, int size) {
+                    std::memcpy(out + at + r * a.channel + pixels.at[l], result[r] + l, size * sizeof(Y));
+                });
+            }
         }
     });
 }
 
-// acc[r][q] = sum_k term(vector q of panel[k], w[k][r], r, q)
+// acc[r][q] = sum_k term(vector q of panel[k], weight k of row r, r, q)
 template <int R, int Q, class V, class T, class Term>
-static inline void tile_sums(V (&acc)[R][Q], const Row<T>* panel, const T* w, int K, Term term) {
+static inline void tile_sums(V (&acc)[R][Q], const Row<T>* panel, const Rows<R, T>& w, int K, Term term) {
     UNROLL for (int r = 0; r < R * Q; ++r) acc[r / Q][r % Q] = V{};
-    for (int k = 0; k < K; ++k, ++panel, w += R) {
+    for (int k = 0; k < K; ++k, ++panel) {
         V x[Q];
         UNROLL for (int q = 0; q < Q; ++q) x[q] = opaque(load<V>(panel->lane + q * (PW / Q)));
         UNROLL for (int r = 0; r < R; ++r) {
-            const V b = spread(w + r);
+            const V b = spread(w.at(k, r));
             UNROLL for (int q = 0; q < Q; ++q) acc[r][q] += term(x[q], b, r, q);
         }
     }
@@ -498,46 +526,54 @@ static inline void tile_sums(V (&acc)[R][Q], const Row<T>* panel, const T* w, in
 
 // y = -sum_k |x - w| = sum x + sum w - 2 sum max(x, w); where y is small beside sum |w| (x and w share an
 // offset, or nearly agree) or not finite, the tile is redone from |x - w|.
-static void add_forward(float* y, const float* x, const float* w, const Gather& a, int threads) {
-    const std::vector<float> taps = lay_taps<MR>(w, a, threads);
+static void add_forward(float* y, const float* x, const float* w, Gather a, int threads) {
+    if (exchangeable(a)) std::swap(x, w), a = exchanged_forward(a);
     const int K = a.taps();
-    std::vector<float> sum_w(taps.size() / K), abs_w(taps.size() / K);
-    for (size_t k = 0; k < taps.size(); ++k) {
-        const size_t channel = k / (K * MR) * MR + k % MR;
-        sum_w[channel] += taps[k], abs_w[channel] += std::fabs(taps[k]);
-    }
-    const auto compute = [&](int64_t tile, const Row<float>* panel, const float* w, float (&result)[MR][PW]) {
+    std::vector<float> sum_w((int64_t)a.G * a.M), abs_w(sum_w.size());
+    parallel(sum_w.size(), threads, [&](int64_t channel, int) {
+        const float* row = w + channel * K;
+        vec sum{}, size{};
+        int k = 0;
+        for (; k + LANES <= K; k += LANES) sum += load(row + k), size += vabs(load(row + k));
+        for (; k < K; ++k) sum[0] += row[k], size[0] += std::fabs(row[k]);
+        for (int l = 0; l < LANES; ++l) sum_w[channel] += sum[l], abs_w[channel] += size[l];
+    });
+    const auto compute = [&](int g, int o, const Row<float>* panel, float (&result)[MR][PW]) {
+        const Rows<MR, float> rows(w, a, g, o);
         const vec one = opaque(splat(1));
         vec acc[MR][PV];
-        tile_sums(acc, panel, w, K, [=](vec x, vec b, int, int) { return (b > x ? b : x) * one; });
+        tile_sums(acc, panel, rows, K, [=](vec x, vec b, int, int) { return (b > x ? b : x) * one; });
         ivec bad{};
         UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int q = 0; q < PV; ++q) {
-            acc[r][q] = 2 * acc[r][q] - sum_w[tile * MR + r] - load(panel[K].lane + q * LANES);
-            bad |= ~((8 * acc[r][q] >= splat(abs_w[tile * MR + r])) & (acc[r][q] <= splat(FLT_MAX)));
+            const int64_t channel = (int64_t)g * a.M + std::min(o + r, a.M - 1);
+            acc[r][q] = 2 * acc[r][q] - sum_w[channel] - load(panel[K].lane + q * LANES);
+            bad |= ~((8 * acc[r][q] >= splat(abs_w[channel])) & (acc[r][q] <= splat(FLT_MAX)));
         }
         for (int l = 1; l < LANES; ++l) bad[0] |= bad[l];
-        if (bad[0]) tile_sums(acc, panel, w, K, [=](vec x, vec b, int, int) { return vabs(x - b) * one; });
+        if (bad[0]) tile_sums(acc, panel, rows, K, [=](vec x, vec b, int, int) { return vabs(x - b) * one; });
         UNROLL for (int r = 0; r < MR; ++r) UNROLL for (int q = 0; q < PV; ++q)
             store(result[r] + q * LANES, -acc[r][q]);
     };
-    add_panels<MR>(y, x, (const float*)nullptr, taps, a, threads, compute);
+    add_panels<MR>(y, x, (const float*)nullptr, a, threads, compute);
 }
 
 // gx = sum_k g clip(w - x, -1, 1). Every other difference is an FMA: sub, clip and FMA fill all ports.
-static void add_grad_x(float* gx, const float* g, const float* x, const float* w, const Gather& a,
+template <bool exchanged>
+static void add_grad_x(float* gx, const float* source, const float* x, const float* w, const Gather& a,
                        int threads) {
-    const auto compute = [&](int64_t, const Row<float>* panel, const float* w, float (&result)[CR][PW]) {
+    const auto compute = [&](int g, int o, const Row<float>* panel, float (&result)[CR][PW]) {
         const vec one = opaque(splat(1));
         vec own[CR][PV], acc[CR][PV];
         UNROLL for (int c = 0; c < CR; ++c) UNROLL for (int q = 0; q < PV; ++q)
             own[c][q] = opaque(load(result[c] + q * LANES));
-        tile_sums(acc, panel, w, a.taps(), [&](vec v, vec b, int c, int q) {
+        tile_sums(acc, panel, Rows<CR, float>(w, a, g, o), a.taps(), [&](vec v, vec b, int c, int q) {
+            if (exchanged) std::swap(v, b);
             return v * clip((q % 2 ? b * one : b) - own[c][q]);
         });
         UNROLL for (int c = 0; c < CR; ++c) UNROLL for (int q = 0; q < PV; ++q)
             store(result[c] + q * LANES, own[c][q] == own[c][q] ? acc[c][q] : own[c][q]);
     };
-    add_panels<CR>(gx, g, x, lay_taps<CR>(w, a, threads), a, threads, compute);
+    add_panels<CR>(gx, source, x, a, threads, compute);
 }
 
 // y = -sum_k |x - w| of bytes: an eight holds 8 channels (0 past the last), a vector LANES / 2 eights.
@@ -545,38 +581,48 @@ static void add_u8(int32_t* y, const uint8_t* x, const uint8_t* w, Gather a, int
     const int C = a.C, eights = ceil_div(C, 8), area = a.KH * a.KW;
     const auto interleave = [=](const uint8_t* from, int64_t blocks, int64_t map) {
         std::vector<eight> to(blocks * eights * map);
+        const std::vector<uint8_t> none(map);
         parallel(blocks, threads, [&](int64_t block, int) {
-            for (int c = 0; c < C; ++c) {
-                const uint8_t* bytes = from + (block * C + c) * map;
-                eight* row = to.data() + (block * eights + c / 8) * map;
-                for (int64_t q = 0; q < map; ++q) row[q] |= eight(bytes[q]) << c % 8 * 8;
+            const uint8_t* bytes = from + block * C * map;
+            eight* row = to.data() + block * eights * map;
+            if (map == 1) return (void)std::memcpy(row, bytes, C);
+            for (int c = 0; c < C; c += 8, row += map) {
+                const uint8_t* channel[8];
+                for (int l = 0; l < 8; ++l) channel[l] = c + l < C ? bytes + (c + l) * map : none.data();
+                for (int64_t q = 0; q < map; ++q) {
+                    eight all = 0;
+                    UNROLL for (int l = 0; l < 8; ++l) all |= eight(channel[l][q]) << 8 * l;
+                    row[q] = all;
+                }
             }
         });
         return to;
     };
-    const std::vector<eight> source = interleave(x, (int64_t)a.N * a.G, (int64_t)a.H * a.W);
-    const std::vector<eight> weight = interleave(w, (int64_t)a.G * a.M, area);
-    a.C = eights, a.wc = area, a.wo = a.taps(), a.wg = a.M * a.wo;
-    const auto compute = [&](int64_t, const Row<eight>* panel, const eight* w, int32_t (&result)[CR][PW]) {
+    std::vector<eight> source = interleave(x, (int64_t)a.N * a.G, (int64_t)a.H * a.W);
+    std::vector<eight> weight = interleave(w, (int64_t)a.G * a.M, area);
+    a.C = eights, a.wo = a.taps(), a.wg = a.M * a.wo;
+    if (exchangeable(a)) source.swap(weight), a = exchanged_forward(a);
+    const auto compute = [&](int g, int o, const Row<eight>* panel, int32_t (&result)[CR][PW]) {
         typedef int32_t half __attribute__((vector_size(LANES * 2)));
         evec acc[CR][2 * PV];
-        tile_sums(acc, panel, w, a.taps(), [](evec x, evec b, int, int) { return sad(x, b); });
+        const auto term = [](evec x, evec b, int, int) { return sad(x, b); };
+        tile_sums(acc, panel, Rows<CR, eight>(weight.data(), a, g, o), a.taps(), term);
         UNROLL for (int r = 0; r < CR; ++r) UNROLL for (int q = 0; q < 2 * PV; ++q)
             store(result[r] + q * LANES / 2, -__builtin_convertvector(acc[r][q], half));
     };
-    const std::vector<eight> taps = lay_taps<CR>(weight.data(), a, threads);
-    add_panels<CR>(y, source.data(), (const int32_t*)nullptr, taps, a, threads, compute);
+    add_panels<CR>(y, source.data(), (const int32_t*)nullptr, a, threads, compute);
 }
+
 
 // Both passes of depthwise layers in tiles of ROWS x LANES pixels. The source map is copied with its padding,
 // split into S column phases: what a tap reads for pixels side by side lies side by side.
 template <bool grad, class Y, class X>
-static void add_depthwise(Y* out, const X* source, const X* w, const X* x, const Gather& a, int threads) {
+static void add_depthwise(Y* out, const X* source, const X* w, const X* x, Gather a, int threads) {
     typedef Y y_vec __attribute__((vector_size(LANES * sizeof(Y))));
     const int taps = a.taps(), rows = (a.A - 1) * a.S + a.KH, columns = (a.B - 1) * a.S + a.KW;
     const int width = ceil_div(columns, a.S) + LANES;
     const int64_t pitch = (int64_t)a.S * a.S * width, size = rows * a.S * width + ROWS * pitch;
-    const std::vector<X> weight = lay_taps<1>(w, a, threads);
+    const std::vector<X> weight = lay_rows(w, a, threads);
     std::vector<float> work(threads * size);
     std::vector<int> place(std::max(columns, a.KW));  // of column c in a row of the copy
     for (int c = 0; c < int(place.size()); ++c) place[c] = c % a.S * width + c / a.S;
@@ -595,7 +641,7 @@ static void add_depthwise(Y* out, const X* source, const X* w, const X* x, const
                 const int count = std::min(LANES, a.B - j), height = std::min(ROWS, a.A - i);
                 const bool whole = count == LANES && a.step == 1;
                 const int64_t line = (int64_t)a.width * a.step;
-                const int64_t at = (p * a.height + a.row) * a.width + i * line + j * a.step + a.col;
+                const int64_t at = p * a.channel + (int64_t)a.row * a.width + i * line + j * a.step + a.col;
                 vec own[ROWS] = {}, acc[ROWS] = {};
                 for (int r = 0; grad && r < height; ++r)
                     if (whole) own[r] = load(x + at + r * line);
@@ -626,8 +672,13 @@ template <bool grad> static int add(float* out, const float* source, const float
                                     const Gather& a, int64_t threads) try {
     if (a.pixels() == 0) return 0;
     if (a.C == 1 && a.M == 1) add_depthwise<grad>(out, source, w, x, a, int(threads));
-    else if (grad) add_grad_x(out, source, x, w, a, int(threads));
-    else add_forward(out, source, w, a, int(threads));
+    else if (!grad) add_forward(out, source, w, a, int(threads));
+    else if (exchangeable(a)) add_grad_x<true>(out, w, x, source, exchanged_grad_x(a), int(threads));
+    else {
+        Gather rows = a;
+        const std::vector<float> weight = lay_rows(w, rows, int(threads));
+        add_grad_x<false>(out, source, x, weight.data(), rows, int(threads));
+    }
     return 0;
 } catch (const std::exception&) { return -1; }  // memory
 

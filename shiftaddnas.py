@@ -1948,7 +1948,7 @@ def layer_operators(layer, device):
     for name in ["gpu"] if device == "cuda" else ["cpu", "cpu-portable"]:
         yield f"add ({name})", path(name), add, (x, w), elements, 1
     yield "add (unfold + cdist)", path("off"), add, (x[::16], w), elements, 16
-    yield "add (broadcast)", nullcontext, broadcast, (x[::64], w), elements, 64
+    yield "add (broadcast)", nullcontext, broadcast, (x[::8], w), elements, 8
     if device == "cpu":
         bytes_ = [(t * 50 + 128).clamp(0, 255).to(torch.uint8) for t in (x, w)]
         yield "add u8", nullcontext, lambda x, w: add_conv2d_u8(x, w, 1, padding, groups), bytes_, elements, 1
