@@ -388,10 +388,9 @@ static bool side_by_side(const int64_t* place, int n) {
 }
 
 // PW pixels from q on: place in channel 0 of the result; place and coordinates in the source of tap (0, 0, 0)
-typedef int32_t int_oct __attribute__((vector_size(32)));
 struct Pixels {
     int64_t at[PW], from[PW];
-    int_oct row[PW / 8], col[PW / 8];
+    ivec row[PV], col[PV];
     int count;
     bool run;
 
@@ -400,7 +399,7 @@ struct Pixels {
         int i = int(q / a.B % a.A), j = int(q % a.B);
         for (int l = 0; l < PW; ++l) {
             const int u = l < count ? i * a.S + a.row0 : -a.KH, v = j * a.S + a.col0;  // outside past the end
-            row[l / 8][l % 8] = u, col[l / 8][l % 8] = v, from[l] = (n * a.G * a.C * a.H + u) * a.W + v;
+            row[l / LANES][l % LANES] = u, col[l / LANES][l % LANES] = v, from[l] = (n * a.G * a.C * a.H + u) * a.W + v;
             at[l] = n * a.image + (int64_t)(i * a.step + a.row) * a.width + j * a.step + a.col;
             if (++j == a.B) j = 0, ++i;
             if (i == a.A) i = 0, ++n;
@@ -418,31 +417,31 @@ template <class T> struct alignas(64) Row { T lane[PW]; };  // one tap of a pane
 // panel[k] = tap k of the pixels in group g, 0 past the end; panel[taps] = the sum of these rows
 template <class T>
 static void pack(Row<T>* panel, const T* source, const Gather& a, int g, const Pixels& pixels) {
-    typedef T oct __attribute__((vector_size(8 * sizeof(T))));
-    typedef decltype(oct{} < oct{}) mask;
+    typedef T lanes __attribute__((vector_size(LANES * sizeof(T))));
+    typedef decltype(lanes{} < lanes{}) mask;
     const int64_t plane = (int64_t)a.H * a.W, end = plane * a.N * a.G * a.C;
     const int area = a.KH * a.KW;
-    for (int l = 0; l < PW; l += 8) {
-        const int_oct row = pixels.row[l / 8], col = pixels.col[l / 8];
-        const int64_t* from = pixels.from + l;
-        const bool run = side_by_side(from, 8);
-        oct sum{};
+    for (int q = 0; q < PV; ++q) {
+        const ivec row = pixels.row[q], col = pixels.col[q];
+        const int64_t* from = pixels.from + q * LANES;
+        const bool run = side_by_side(from, LANES);
+        lanes sum{};
         for (int t = 0; t < area; ++t) {
             const int u = t / a.KW, v = t % a.KW;
             const int64_t tap = plane * a.C * g + u * a.W + v, first = from[0] + tap;
-            const int_oct inside = (row >= -u) & (row < a.H - u) & (col >= -v) & (col < a.W - v);
+            const ivec inside = (row >= -u) & (row < a.H - u) & (col >= -v) & (col < a.W - v);
             const mask keep = __builtin_convertvector(inside, mask);
-            const bool vector = run && first >= 0 && first + (a.C - 1) * plane + 8 <= end;
+            const bool vector = run && first >= 0 && first + (a.C - 1) * plane + LANES <= end;
             for (int c = 0; c < a.C; ++c) {
                 const T* p = source + tap + c * plane;
-                oct x;
+                lanes x;
                 if (vector) std::memcpy(&x, p + from[0], sizeof x);
-                else for (int k = 0; k < 8; ++k) x[k] = inside[k] ? p[from[k]] : 0;
-                x = (oct)((mask)x & keep), sum += x;
-                store(panel[c * area + t].lane + l, x);
+                else for (int l = 0; l < LANES; ++l) x[l] = inside[l] ? p[from[l]] : 0;
+                x = (lanes)((mask)x & keep), sum += x;
+                store(panel[c * area + t].lane + q * LANES, x);
             }
         }
-        store(panel[a.taps()].lane + l, sum);
+        store(panel[a.taps()].lane + q * LANES, sum);
     }
 }
 
