@@ -55,8 +55,8 @@ struct Gather {
 static Gather forward_gather(const ConvShape& s) {
     const int Cg = s.C / s.G, Mg = s.M / s.G, area = s.KH * s.KW;
     const int64_t map = (int64_t)s.Ho * s.Wo;
-    return {s.N, s.Ho, s.Wo, s.G, Cg, s.H, s.W, s.S, -s.P, -s.P, s.KH, s.KW, Mg, s.Wo, 1, 0, 0, s.M * map, map,
-            (int64_t)Mg * Cg * area, Cg * area, area, s.KW, 1, 0};
+    return {s.N, s.Ho, s.Wo, s.G, Cg, s.H, s.W, s.S, -s.P, -s.P, s.KH, s.KW, Mg, s.Wo, 1, 0, 0,
+            s.M * map, map, (int64_t)Mg * Cg * area, Cg * area, area, s.KW, 1, 0};
 }
 
 // grad_x: the input pixels (i, j) of one residue (row, col) mod S that some output reads meet the same taps
@@ -173,8 +173,8 @@ DEVICE bool in_map(const Place& p, int u, int v, const Gather& a) {
 // Thread t owns 4 channels and R pixels of its block's tile: 4 and, 64 further, 4 (no bank is asked twice).
 DEVICE int pixel_of(int t, int r) { return t % 16 * 4 + r % 4 + r / 4 * 64; }
 
-// out = sum_k term(source_k, w_k, x). Blocks: pixels fastest, then channels, groups. A step of TK taps lies in
-// shared memory and gives a thread TK * 4 R terms, while the next step's values are on their way to next_x, _w.
+// out = sum_k term(source_k, w_k, x). Blocks: pixels fastest, then channels, groups. A step of TK taps lies
+// in shared memory and gives a thread TK * 4 R terms, while the next step's values are on their way to next_.
 template <bool grad, int R>
 KERNEL add_kernel(float* out, const float* source, const float* w, const float* x, Gather a,
                   int pixel_tiles, int channel_tiles) {
@@ -294,7 +294,8 @@ template <bool grad> static int add(float* out, const float* source, const float
     if (a.C == 1 && a.M == 1) {
         const int images = ceil_div(a.N, DEPTH);
         const int64_t tiles = ceil_div((int64_t)images * a.A * a.B, THREADS);
-        return launch(add_depthwise_kernel<grad>, tiles * a.G, stream, out, source, w, x, a, int(tiles), images);
+        const auto kernel = add_depthwise_kernel<grad>;
+        return launch(kernel, tiles * a.G, stream, out, source, w, x, a, int(tiles), images);
     }
     const int64_t tiles = ceil_div(a.pixels(), 16 * R), blocks = tiles * ceil_div(a.M, TM) * a.G;
     return launch(add_kernel<grad, R>, blocks, stream, out, source, w, x, a, int(tiles),
@@ -399,7 +400,8 @@ struct Pixels {
         int i = int(q / a.B % a.A), j = int(q % a.B);
         for (int l = 0; l < PW; ++l) {
             const int u = l < count ? i * a.S + a.row0 : -a.KH, v = j * a.S + a.col0;  // outside past the end
-            row[l / LANES][l % LANES] = u, col[l / LANES][l % LANES] = v, from[l] = (n * a.G * a.C * a.H + u) * a.W + v;
+            row[l / LANES][l % LANES] = u, col[l / LANES][l % LANES] = v;
+            from[l] = (n * a.G * a.C * a.H + u) * a.W + v;
             at[l] = n * a.image + (int64_t)(i * a.step + a.row) * a.width + j * a.step + a.col;
             if (++j == a.B) j = 0, ++i;
             if (i == a.A) i = 0, ++n;
@@ -480,7 +482,7 @@ static Gather exchanged_grad_x(const Gather& a) {   // g reads w's columns
     return {1, 1, a.M, 1, a.C, 1, a.M, 1, 0, 0, 1, 1, a.N, a.M, 1, 0, 0, 0, a.M, 0, a.C, 1, 0, 0, 0};
 }
 
-// Packs the pixels panel by panel; compute(g, o, panel, result[R][PW]) makes the R channels from o on of `out`.
+// Packs the pixels panel by panel; compute(g, o, panel, result[R][PW]) makes R channels of `out`, from o on.
 // `result` holds those of `in`, if there is one, before. A job has at most 64 tiles.
 template <int R, class Y, class T, class Compute>
 static void add_panels(Y* out, const T* source, const Y* in, const Gather& a, int threads, Compute compute) {

@@ -181,7 +181,7 @@ def attention2d(x, weight, head_dim, official=False):
     n, c, h, w = x.shape
     if c % head_dim:
         raise ValueError(f"head_dim must divide the {c} channels, got {head_dim}")
-    qkv = F.linear(x.flatten(2).mT, weight[:, :, 0, 0])  # (N, HW, 3C): tokens side by side, as the products want
+    qkv = F.linear(x.flatten(2).mT, weight[:, :, 0, 0])  # (N, HW, 3C): a token's numbers side by side
     q, k, v = qkv.view(n, h * w, 3, c // head_dim, head_dim).permute(2, 0, 3, 1, 4).unbind()
     if official:
         y = (q @ k.transpose(2, 3) * head_dim**-0.5).softmax(3).transpose(2, 3) @ v
@@ -1916,8 +1916,8 @@ def extra_mb(run, device):
 
 
 def layer_operators(layer, device):
-    """(name, context to run in, function, inputs, elements, scale) of each operator on one layer. An element is
-    one term of the sum; scale > 1 says that the inputs are 1/scale of the batch."""
+    """(name, context to run in, function, inputs, elements, scale) of each operator on one layer. An element
+    is one term of the sum; scale > 1 says that the inputs are 1/scale of the batch."""
     N, C, M, side, K, padding, groups = LAYERS[layer]
     N *= 16 if device == "cuda" else 1
     g = torch.Generator().manual_seed(0)
@@ -2009,12 +2009,12 @@ def print_ratios(table):
 
 
 def ceiling(device):
-    """(multiply-adds a second, 1e9, and how that was had): of a matrix product on a CPU, of the data sheet's 128
-    lanes a multiprocessor and its clock on a GPU."""
+    """(multiply-adds a second, 1e9, and how that was had): of a matrix product on a CPU; on a GPU 128 lanes a
+    multiprocessor (from compute capability 8.6 on) at the highest clock."""
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         clock, lanes = gpu.clock_rate / 1e6, 128 * gpu.multi_processor_count
-        return clock * lanes, f"{lanes} lanes at {clock:.3f} GHz; add needs two FADD a term, so half is its own"
+        return clock * lanes, f"{lanes} lanes at {clock:.3f} GHz, of which add, two FADD a term, has half"
     a = torch.randn(1024, 1024)
     return 1024**3 / 1e6 / median_ms([lambda: a @ a], device)[0], "a float32 matrix product of 1024 x 1024"
 
@@ -2028,14 +2028,16 @@ def print_device(device):
     print(f"{name}, {batch}, torch {torch.__version__}; float32; medians; G/s = 10^9 elements a second")
     most, reason = ceiling(device)
     print(f"ceiling {most:.1f} G/s: {reason}")
-    print(f"{'layer':18}{'operator':22}{'forward ms':>11}{'G/s':>8}{'ceiling':>9}{'fwd+bwd ms':>12}{'extra MB':>10}")
+    titles = f"{'forward ms':>11}{'G/s':>9}{'ceiling':>9}{'fwd+bwd ms':>12}{'extra MB':>10}"
+    print(f"{'layer':18}{'operator':22}{titles}")
     table = {}
     for layer in LAYERS:
         table[layer] = measure(layer_operators(layer, device), device)
         for operator, (ms, train_ms, extra, elements) in table[layer].items():
             rate = elements / 1e6 / ms
             own = most / 2 if operator == "add (gpu)" else most
-            print(f"{layer:18}{operator:22}{ms:11.3f}{rate:8.1f}{rate / own:9.0%}{train_ms:12.3f}{extra:10.1f}")
+            figures = f"{ms:11.3f}{rate:9.1f}{rate / own:9.0%}{train_ms:12.3f}{extra:10.1f}"
+            print(f"{layer:18}{operator:22}{figures}")
     print_ratios(table)
 
 

@@ -227,8 +227,8 @@ def check_flag(f, value):
 
 
 def use_device(name):
-    """Makes runs on a GPU repeat, as those on a CPU do: same seed, same log. ValueError unless torch can put a
-    tensor on the device."""
+    """Makes runs on a GPU repeat, as those on a CPU do: same seed, same log. ValueError unless torch can put
+    a tensor on the device."""
     if name.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -260,9 +260,9 @@ def join_processes(config):
     if not dist.is_available() or not dist.is_backend_available(backend):
         raise ValueError(f"--device {config.device} needs the backend {backend}, which this torch lacks")
     if config.device == "cuda":
-        number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if number >= gpus:
-            raise ValueError(f"process {number} needs a GPU of its own, and this machine has {gpus}: --device cpu")
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(f"process {number} of torchrun has no GPU of its own (of {count}); --device cpu")
         config.device = f"cuda:{number}"
         torch.cuda.set_device(config.device)
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
