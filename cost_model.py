@@ -30,7 +30,6 @@ Both: batch norm, activation, pooling and softmax are free, a matmul reads its s
 heads, M1*C1*E1*R stays below pe_limit, 168 (12 x 14, as Eyeriss) or 192: the published records mix the two.
 """
 
-import argparse
 import csv
 import hashlib
 import io
@@ -48,7 +47,7 @@ import numpy as np
 import torch
 
 from shiftaddnas import OPS, SOURCES, TokenSpace, build, cpu_model, find_space, kernel_build
-from train import rank, read_arch, replace_file, run_command, write_text
+from train import OneLineParser, rank, read_arch, replace_file, run_command, write_text
 
 # pJ an operation, by bits (45 nm: ShiftAddNet Table 1; official get_unit_energy)
 COMPUTE_PJ = {32: {"mult": 3.7, "add": 0.9, "shift": 0.13}, 8: {"mult": 0.2, "add": 0.03, "shift": 0.024}}
@@ -532,13 +531,8 @@ def benchmark(bits, accounting, pe_limit, archs=10_000):
 # --------------------------------------------------------------------------------------- §5 command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
-
-
 def _parse(argv):
-    parser = _Parser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser = OneLineParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     flag, output = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     flag("--space", default="fashion", help="as in search.py, or bossnet_t0, bossnet_t1")
     flag("--arch", help='e.g. cc/cc/tt, or a .json file with the key "arch"')
@@ -598,12 +592,12 @@ def _text(results):
     size = "image {}x{}".format(*first["image"]) if "image" in first else "30 + 30 tokens"
     lines = ["{space} {name}  {size}  {params:,} params  {accounting}, {bits} bits, "
              "PE limit {pe_limit}".format(name=short(first["arch"]), size=size, **first),
-             f"{'op':8}{'layers':>7}{'MACs/G':>9}" + "".join(f"{name:>12}" for name in columns)]
+             f"{'op':8}{'layers':>7}{'MACs/G':>10}" + "".join(f"{name:>12}" for name in columns)]
     for name, row in {**first["by_op"], "total": first | {"layers": sum(first["layers"].values())}}.items():
-        numbers = "".join(f"{row[column]:12.3f}" for column in columns)
-        lines.append(f"{name:8}{row['layers']:7}{row['macs'] / 1e9:9.3f}" + numbers)
+        numbers = "".join(f"{row[column]:12.4g}" for column in columns)
+        lines.append(f"{name:8}{row['layers']:7}{row['macs'] / 1e9:10.4g}" + numbers)
     for row in results[1:]:
-        change = (f"{row[name]:.3f} {unit} ({100 * row[name] / first[name] - 100:+.1f} %)"
+        change = (f"{row[name]:.4g} {unit} ({100 * row[name] / first[name] - 100:+.1f} %)"
                   for name, unit in (("energy_mj", "mJ"), ("latency_ms", "ms")))
         lines.append("  ".join((short(row["arch"]), *change)))
     return lines
@@ -617,7 +611,7 @@ def _measured(space, archs, path, image):
     errors = [100 * abs(predicted / timed - 1) for predicted, timed in table["check"].values()]
     least, low, median, high, most = np.quantile(errors, [0, 0.25, 0.5, 0.75, 1])
     return [f"measured on {table['machine']['cpu']}, one thread, batch 1",
-            *(f"{arch}  {measured_latency_ms(space, arch, table):.3f} ms predicted" for arch in archs),
+            *(f"{arch}  {measured_latency_ms(space, arch, table):.4g} ms predicted" for arch in archs),
             f"{len(errors)} random networks, predicted against timed: median error {median:.1f} %, "
             f"quartiles {low:.1f} and {high:.1f} %, {least:.1f} to {most:.1f} %"]
 

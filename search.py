@@ -804,10 +804,10 @@ def tell(config, space, data):
     write_results(config, space, scores, finalists, rows, translated)
     phases = " | ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
     if translated:
-        return print(f"seconds: {phases} | {len(data.test)} test sentences, one seed")
+        return print(f"seconds since this start: {phases} | {len(data.test)} test sentences, one seed")
     images = len(data.test.index)
     error = 100 * (rows[-1]["test_accuracy"] / 100 * (1 - rows[-1]["test_accuracy"] / 100) / images) ** 0.5
-    print(f"seconds: {phases} | {images} test images, one seed: standard error {error:.1f} points")
+    print(f"seconds since this start: {phases} | {images} test images, one seed: standard error {error:.1f} points")
 
 
 def main(argv=None):

@@ -170,9 +170,16 @@ RECIPES = {  # name -> settings that replace the defaults of train.py and search
 # ----------------------------------------------------------------------------------------------- flags
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but an error is a ValueError: one sentence, without a page of usage before it."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
 def parse(config_class, manual, argv=None, hidden=()):
     """Command line -> config_class instance; `hidden` fields get no flag. ValueError for a bad value."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=manual, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
@@ -1171,6 +1178,8 @@ def load_teacher(config, space, data):
     except (RuntimeError, ValueError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"--teacher {config.teacher} is no network for these images: {reason}") from None
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(f"--teacher {config.teacher} gives a {type(logits).__name__}, not one tensor of logits")
     if logits.shape != (config.batch, space.classes):
         raise ValueError(
             f"--teacher {config.teacher} gives {' x '.join(map(str, logits.shape[1:]))} logits an image; the "
