@@ -473,7 +473,8 @@ template <class T> static std::vector<T> lay_rows(const T* w, Gather& a, int thr
 
 // In a linear layer pixels and filters can exchange their roles. Then results lie side by side.
 static bool exchangeable(const Gather& a) {
-    return a.G * a.H * a.W * a.A * a.B * a.KH * a.KW == 1 && a.row0 == 0 && a.col0 == 0 && a.M >= 2 * PW;
+    const bool linear = std::max({a.G, a.H, a.W, a.A, a.B, a.KH, a.KW}) == 1 && a.row0 == 0 && a.col0 == 0;
+    return linear && a.M >= 2 * PW;
 }
 static Gather exchanged_forward(const Gather& a) {  // x reads w's rows, which are its pixels
     return {a.M, 1, 1, 1, a.C, 1, 1, 1, 0, 0, 1, 1, a.N, 1, 1, 0, 0, 1, a.M, 0, a.C, 1, 0, 0, 0};

@@ -5,6 +5,7 @@ search, cost model. References are independent definitions: float64 loops, close
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import json
@@ -285,8 +286,8 @@ def kernels(build):
 
 
 def geometries(count=220):
-    """(x, w, stride, padding, groups): odd sizes, K 1-7, depthwise, batches of 0 and 1, one-pixel images,
-    non-contiguous and channels-last tensors."""
+    """(x, w, stride, padding, groups): odd sizes, K 1-7, depthwise, linear, batches of 0 and 1, one-pixel
+    images, non-contiguous and channels-last tensors."""
     draw, gen = random.Random(0), rng()
     for i in itertools.count():
         if not count:
@@ -300,6 +301,8 @@ def geometries(count=220):
             groups, per_group, filters = 6, 1, 1
         kh, kw, stride, padding = (draw.randint(*ends) for ends in ((1, 7), (1, 7), (1, 3), (0, 3)))
         h, wide = draw.choice([1, 3, 7, 9, 16, 17]), draw.choice([1, 5, 8, 11, 16, 23])
+        if i % 15 == 4:  # a linear layer
+            groups, filters, kh, kw, padding, h, wide = 1, 70, 1, 1, 0, 1, 1
         if kh > h + 2 * padding or kw > wide + 2 * padding:
             continue
         x = torch.randn(draw.choice([0, 1, 1, 2, 3]), groups * per_group, h, wide, generator=gen)
@@ -457,6 +460,19 @@ def test_half_precision_is_float32_rounded():
         y.sum().backward()
         assert y.dtype == a.grad.dtype == b.grad.dtype == dtype
         assert y.equal(add_conv2d(a.float(), b.float(), padding=1).to(dtype))
+
+
+@needs_compiler
+@pytest.mark.parametrize("build", [*BUILDS, "off"])
+def test_a_large_linear_layer_and_its_gradients_equal_float64(build):
+    shapes = [(700, 33), (150, 33), (700, 150)]
+    x, w, g = (torch.randn(*shape, 1, 1, generator=rng(i)) for i, shape in enumerate(shapes))
+    with kernels(build) as device:
+        for found, wanted in zip(run_add(x, w, g, (1, 0, 1), device), add_reference(x, w, 1, 0, 1, g)):
+            assert relative_error(found, wanted) < 1e-5
+        if device == "cpu":
+            x8, w8 = ((50 * t + 128).clamp(0, 255).byte() for t in (x, w))
+            assert add_conv2d_u8(x8, w8).double().equal(add_reference(x8, w8, 1, 0, 1))
 
 
 def test_add_linear_is_minus_the_l1_distance_of_tokens():
@@ -662,6 +678,7 @@ int main() {
                     1 + pick(3), pick(4), 1 + pick(3), 0, 0};
         const int Cg = 1 + pick(12), Mg = 1 + pick(9);
         s.C = s.G * (round % 4 ? Cg : 1), s.M = s.G * (round % 4 ? Mg : 1);
+        if (round % 7 == 5) s.H = s.W = s.KH = s.KW = s.G = 1, s.P = 0, s.C = Cg, s.M = 60 + Mg;  // linear
         if (s.KH > s.H + 2 * s.P || s.KW > s.W + 2 * s.P) continue;
         s.Ho = (s.H + 2 * s.P - s.KH) / s.S + 1, s.Wo = (s.W + 2 * s.P - s.KW) / s.S + 1;
         const size_t weights = (size_t)s.M * (s.C / s.G) * s.KH * s.KW;
@@ -1537,8 +1554,8 @@ def test_two_processes_train_and_three_search_as_one_does(tiny_data, tmp_path):
     # naive: a balanced add gradient is thousands of times the true one, and so is its rounding noise
     flags = ["--sharing", "naive", "--data", tiny_data, "--epochs", 2, "--batch", 10, "--accumulate", 6]
     flags += ["--device", "cpu", "--out"]
-    one = command("train", *flags, tmp_path / "one")
     several = start_processes(2, "train", *flags, tmp_path / "two")
+    one = command("train", *flags, tmp_path / "one")
     assert one.returncode == 0 and several.wait(120) == 0, one.stderr + several.stderr.read()
     assert several.stdout.read().count("saved") == 1
     supernets = [train.load_supernet(tmp_path / name / "supernet.pt", FASHION) for name in ("one", "two")]
@@ -1552,8 +1569,8 @@ def test_two_processes_train_and_three_search_as_one_does(tiny_data, tmp_path):
     assert second == pytest.approx(first, rel=1e-4) and len(first) == 2 * (100 // 60)
     shutil.copytree(tmp_path / "one", tmp_path / "three")
     flags = flags[:-1] + ["--first", 4, "--generations", 0, "--finalists", 1, "--out"]
-    one = command("search", *flags, tmp_path / "one")
     several = start_processes(3, "search", *flags, tmp_path / "three")
+    one = command("search", *flags, tmp_path / "one")
     assert one.returncode == 0 and several.wait(120) == 0, one.stderr + several.stderr.read()
     states = [json.loads((tmp_path / name / "search-state.json").read_text()) for name in ("one", "three")]
     assert states[0]["scores"] == states[1]["scores"] and states[0]["rng"] == states[1]["rng"]
@@ -1576,8 +1593,8 @@ PARTS = {  # of a recipe, in small
 def test_two_processes_take_the_steps_of_one_with_the_whole_recipe_and_an_arch_a_pass(tiny_data, tmp_path):
     flags = ["--data", tiny_data, "--epochs", 3, "--batch", 10, "--accumulate", 4, "--arch-per-pass"]
     flags += ["--kl", "official", *itertools.chain(*PARTS.values()), "--device", "cpu", "--out"]
-    one = command("train", *flags, tmp_path / "one")
     several = start_processes(2, "train", *flags, tmp_path / "two")
+    one = command("train", *flags, tmp_path / "one")
     assert one.returncode == 0 and several.wait(120) == 0, one.stderr + several.stderr.read()
     logs = [(tmp_path / name / "supernet.jsonl").read_text().splitlines() for name in ("one", "two")]
     steps = [[json.loads(line) for line in log] for log in logs]
@@ -2270,18 +2287,15 @@ def test_a_budget_that_nothing_meets_says_what_the_cheapest_needs(flags, tmp_pat
 def test_the_whole_story_twice_gives_the_same_result_and_survives_kills(tiny_data, tmp_path):
     counts = "--first 3 --generations 1 --mutations 1 --crossovers 1 --random 1 --finalists 2"
     flags = ["--data", tiny_data, "--epochs", 1, "--batch", 20, *counts.split()]
-    run = command("search", *flags, "--out", tmp_path / "one")
-    assert run.returncode == 0, run.stderr
-    for seconds in (3.0, 4.0):  # killed twice, somewhere, then left to end
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "search.py", *map(str, flags), "--out", tmp_path / "two"],
-            stdout=subprocess.DEVNULL,
-            env=ONE_THREAD,
-        )
+    launch = functools.partial(subprocess.Popen, stdout=subprocess.DEVNULL, env=ONE_THREAD)
+    program = [sys.executable, ROOT / "search.py", *map(str, flags), "--out"]
+    whole = launch([*program, tmp_path / "one"])
+    for seconds in (4.0, 5.0):  # killed twice, somewhere, then left to end
+        process = launch([*program, tmp_path / "two"])
         time.sleep(seconds)
         process.kill()
         process.wait()
-    assert command("search", *flags, "--out", tmp_path / "two").returncode == 0
+    assert command("search", *flags, "--out", tmp_path / "two").returncode == whole.wait() == 0
     one, two = (json.loads((tmp_path / name / "search.json").read_text()) for name in ("one", "two"))
     one["config"].pop("out"), two["config"].pop("out")
     assert one == two
