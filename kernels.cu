@@ -377,7 +377,7 @@ static inline evec sad(evec a, evec b) {   // sum of |a - b| over the bytes of e
 // Calls work(job, thread) for every job in [0, jobs) on torch's own OpenMP team: a second pool would fight
 // its idle workers, which spin, for the cores. One job writes each result: the thread count changes no bit.
 template <class Work> static void parallel(int64_t jobs, int threads, Work work) {
-    const int64_t chunk = std::max<int64_t>(1, jobs / (16 * threads));
+    const int64_t chunk = std::max<int64_t>(1, jobs / (64 * threads));
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1 && jobs > 1)
     for (int64_t job = 0; job < jobs; ++job) work(job, omp_get_thread_num());
 }
