@@ -591,7 +591,7 @@ static void add_u8(int32_t* y, const uint8_t* x, const uint8_t* w, Gather a, int
             for (int c = 0; c < C; c += 8, row += map) {
                 const uint8_t* channel[8];
                 for (int l = 0; l < 8; ++l) channel[l] = c + l < C ? bytes + (c + l) * map : none.data();
-                for (int64_t q = 0; q < map; ++q) {
+                _Pragma("GCC ivdep") for (int64_t q = 0, end = map; q < end; ++q) {
                     eight all = 0;
                     UNROLL for (int l = 0; l < 8; ++l) all |= eight(channel[l][q]) << 8 * l;
                     row[q] = all;

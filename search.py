@@ -35,10 +35,10 @@ from cost_model import ACCOUNTINGS, PRIMITIVES, PUBLISHED, all_of, count_params,
 from cost_model import measured_latency_ms, measured_table, network_cost, network_layers, operations, short
 from shiftaddnas import REACH, SPACES, TYPES, Sharing, SharedWeight, Supernet, TokenSpace
 from shiftaddnas import build, find_space, median_ms, power_of_two
-from train import Config, Sentences, accuracy, bleu, use_device, file_name, flag, load, load_data
+from train import Config, Sentences, accuracy, bleu, file_name, flag, load, load_data
 from train import join_processes, load_supernet, make_model, make_optimizer, output_folder, parse, processes
 from train import rank, recalibrate, run_command, space_of, take_step, tested, token_loss, train, translate
-from train import write_text
+from train import use_device, write_text
 
 SINGLE = ("arch", "init", "compile", "translate", "evaluate", "convert", "benchmark")  # of train.py alone
 TRIES = 200  # draws for one child before the search says that the budget leaves nothing new

@@ -2059,4 +2059,8 @@ def operator_table():
 
 
 if __name__ == "__main__":
-    operator_table()
+    try:
+        operator_table()
+    except RuntimeError as error:  # a path that this machine cannot build
+        print(f"shiftaddnas.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)

@@ -234,18 +234,18 @@ def check_flag(f, value):
 
 
 def use_device(name):
-    """Makes runs on a GPU repeat, as those on a CPU do: same seed, same log. ValueError unless torch can put
-    a tensor on the device."""
+    """ValueError unless torch can put a tensor on the device. Makes runs on a GPU repeat, as those on a CPU
+    do: same seed, same log."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if name.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.backends.cuda.enable_mem_efficient_sdp(False)  # their gradients do not repeat
         torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def rank():
