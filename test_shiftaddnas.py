@@ -231,12 +231,13 @@ def test_add_conv2d_takes_empty_batches_and_odd_layouts():
         ((1, 3, 2, 2), (2, 3, 3, 3), {}),
         ((1, 3, 5, 5), (2, 3, 3, 3), {"stride": 0}),
         ((1, 3, 5, 5), (2, 3, 3, 3), {"padding": -1}),
+        ((1, 2**14, 2**8, 2**8), (2, 2**14, 3, 3), {}),  # offsets in an image have 32 bits in the kernels
     ],
 )
 @pytest.mark.parametrize("operator", [add_conv2d, shift_conv2d])
 def test_operators_name_the_shapes_that_do_not_fit(operator, shape, weight, settings):
     with pytest.raises(ValueError, match=r"x \(.*weight \("):
-        operator(torch.zeros(shape), torch.zeros(weight), **settings)
+        operator(torch.zeros(1).expand(shape), torch.zeros(1).expand(weight), **settings)
 
 
 def test_official_attention_mixes_by_the_columns():
@@ -1747,8 +1748,13 @@ def test_a_resumed_recipe_has_the_losses_and_the_average_of_an_uninterrupted_run
     assert not network.head.fc.weight.equal(whole["model"]["head.fc.weight"])
 
 
+class Twice(torch.nn.Module):
+    def forward(self, x):
+        return x, x
+
+
 def teacher_file(path, classes):
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, classes))
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, classes) if classes else Twice())
     if path.suffix == ".pt2":
         torch.export.save(torch.export.export(network, (torch.rand(30, 1, 28, 28),)), path)
     else:
@@ -1772,10 +1778,11 @@ def test_a_teacher_decides_the_second_half_of_the_loss(name, tiny_data, tmp_path
         first, second = logits if isinstance(logits := student(x), tuple) else (logits, logits)
         expected = (F.cross_entropy(first, y, label_smoothing=0.1) + F.cross_entropy(second, seen)) / 2
         torch.testing.assert_close(loss, expected)
-    teacher_file(tmp_path / name, 7)
     flags = ["--data", str(tiny_data), "--batch", "30", "--out", str(tmp_path / "o"), "--arch", "cc/sa/tt"]
-    with pytest.raises(ValueError, match="gives 7 logits an image; the student has 10 classes"):
-        train.main([*flags, "--teacher", str(tmp_path / name)])
+    for classes, message in ((7, "gives 7 logits an image; the student has 10 classes"), (0, "gives a tuple")):
+        teacher_file(tmp_path / name, classes)
+        with pytest.raises(ValueError, match=message):
+            train.main([*flags, "--teacher", str(tmp_path / name)])
 
 
 def test_too_little_memory_is_foreseen(tiny_data, tmp_path, monkeypatch):
@@ -2160,6 +2167,8 @@ def test_bad_data_ends_in_one_sentence(kind, message, tiny_data, tmp_path, capsy
 
 BAD_FLAGS = [
     ("--space nowhere", "unknown space 'nowhere'"),
+    ("--epoch 3", "unrecognized arguments: --epoch 3"),
+    ("--epochs many", "argument --epochs: invalid int value: 'many'"),
     ("--arch cc/cx/cc", "unknown op 'x'"),
     ("--arch tt/cc/cc", "not offered"),
     ("--epochs 0", "--epochs must be at least 1"),
