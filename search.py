@@ -411,7 +411,7 @@ def figures():
             if folder == RESULTS:
                 plot_energy(runs[0]["config"]["space"], runs[0]["winner"], folder / "energy.png")
     except ImportError as error:
-        print(f"no figures: {error}")
+        raise ValueError(f"--figures: {error}") from None
 
 
 def search(config, space, data, supernet, path):
@@ -473,6 +473,7 @@ def write_results(config, space, scores, finalists, rows, translated):
     write_text(json.dumps(result, indent=1), out / "search.json")
     write_text(json.dumps({"space": space.name, "arch": winner}), out / "winner.json")
     print_table(rows)
+    print(f"winner: {out / 'winner.json'}, trained: {out / f'retrain-{file_name(winner)}.pt'}")
     try:
         plot_pareto([result], out / "pareto.png")
     except ImportError as error:
@@ -807,7 +808,8 @@ def tell(config, space, data):
         return print(f"seconds since this start: {phases} | {len(data.test)} test sentences, one seed")
     images = len(data.test.index)
     error = 100 * (rows[-1]["test_accuracy"] / 100 * (1 - rows[-1]["test_accuracy"] / 100) / images) ** 0.5
-    print(f"seconds since this start: {phases} | {images} test images, one seed: standard error {error:.1f} points")
+    error = f"standard error {error:.1f} points"
+    print(f"seconds since this start: {phases} | {images} test images, one seed: {error}")
 
 
 def main(argv=None):

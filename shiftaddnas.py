@@ -2022,7 +2022,7 @@ def ceiling(device):
 def print_device(device):
     """The operator table of one device."""
     names = [line.split(":")[1].strip() for line in cpu_model().splitlines() if line.startswith("model name")]
-    name, batch = (names or [platform.machine()])[0], f"{torch.get_num_threads()} threads"
+    name, batch = (names or [platform.machine()])[0], f"threads: {torch.get_num_threads()}"
     if device == "cuda":
         name, batch = torch.cuda.get_device_name(), "16 times the batch"
     print(f"{name}, {batch}, torch {torch.__version__}; float32; medians; G/s = 10^9 elements a second")
@@ -2059,6 +2059,9 @@ def operator_table():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        print("shiftaddnas.py takes no arguments; alone it prints the operator table", file=sys.stderr)
+        sys.exit(2)
     try:
         operator_table()
     except RuntimeError as error:  # a path that this machine cannot build

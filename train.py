@@ -186,10 +186,11 @@ def parse(config_class, manual, argv=None, hidden=()):
     for f in fields(config_class):
         if f.name in hidden:
             continue
-        name, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})"
+        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.type is bool or f.type == "bool":
-            parser.add_argument(name, action="store_true", help=f.metadata["help"])
+            parser.add_argument(name, action="store_true", help=text)
         else:
+            text += f" (default: {f.default})" * (f.default != "")
             parser.add_argument(name, type=type(f.default), metavar=f.name.upper(), help=text)
     given = vars(parser.parse_args(argv))
     space = find_space(given.get("space", "fashion"))
@@ -224,7 +225,8 @@ def check_flag(f, value):
     """ValueError that names the flag, its value and what is allowed."""
     name, limits = "--" + f.name.replace("_", "-"), f.metadata
     if "choices" in limits and value not in limits["choices"]:
-        raise ValueError(f"{name} {value!r} is unknown; allowed: {', '.join(limits['choices'])}")
+        allowed = ", ".join(choice or "nothing" for choice in limits["choices"])
+        raise ValueError(f"{name} {value!r} is unknown; allowed: {allowed}")
     if "low" in limits and not (value >= limits["low"] and math.isfinite(value)):
         raise ValueError(f"{name} must be at least {limits['low']}, got {value}")
     if "above" in limits and not (value > limits["above"] and math.isfinite(value)):
@@ -287,7 +289,8 @@ def run_command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        file = isinstance(error, OSError) and error.filename
+        print(f"{Path(sys.argv[0]).name}: {f'{file}: {error.strerror}' if file else error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; search.py goes on with the same command, train.py with --resume", file=sys.stderr)
@@ -309,9 +312,13 @@ def read_arch(space, text):
         try:
             given = text.lstrip().startswith("{")
             content = json.loads(text if given else Path(text).read_text(encoding="utf-8"))
-            text = content if "encoder" in content else content["arch"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            arch = content if "encoder" in content else content["arch"]
+            made_for = content.get("space", space.name)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'{text} is not JSON with a key "arch"') from None
+        if made_for != space.name:
+            raise ValueError(f"{text} holds an arch of space {made_for}, not of {space.name}")
+        text = arch
     return space.validate(text)
 
 
@@ -447,7 +454,7 @@ def check_images(folder, name, images, labels, space):
         wanted = "x".join(map(str, (space.image, space.image, *channels)))
         raise ValueError(
             f"{folder}: {name} images are {'x'.join(map(str, shape))} {images.dtype}; "
-            f"space {space.name} takes {wanted}, or another square, uint8"
+            f"space {space.name} takes {wanted}, or another square, uint8 (--data names another folder)"
         )
     if len(images) != len(labels):
         raise ValueError(f"{folder}: {len(images)} {name} images but {len(labels)} labels")
@@ -1179,7 +1186,8 @@ def load_teacher(config, space, data):
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"--teacher {config.teacher} is no network for these images: {reason}") from None
     if not isinstance(logits, torch.Tensor):
-        raise ValueError(f"--teacher {config.teacher} gives a {type(logits).__name__}, not one tensor of logits")
+        found = type(logits).__name__
+        raise ValueError(f"--teacher {config.teacher} gives a {found}, not one tensor of logits")
     if logits.shape != (config.batch, space.classes):
         raise ValueError(
             f"--teacher {config.teacher} gives {' x '.join(map(str, logits.shape[1:]))} logits an image; the "
@@ -1593,6 +1601,8 @@ def evaluate(config):
     model, trained, space, _ = read_network(config.evaluate)
     if isinstance(space, TokenSpace):
         raise ValueError(f"--evaluate {config.evaluate}: not the checkpoint of a network of images")
+    if config.space not in (Config.space, space.name):
+        raise ValueError(f"--evaluate {config.evaluate}: space {space.name}, not --space {config.space}")
     trained = replace(trained, image=config.image or trained.image)
     data = load_data(config.data, space_of(trained), config)
     reached = accuracy(model.to(config.device), data, data.test, config.device)
@@ -1664,6 +1674,8 @@ def main(argv=None):
         f"{data.size()} training examples | {config.device}, {torch.get_num_threads()} threads"
     )
     with output_folder(config.out):
+        if os.path.exists(path) and not config.resume and load_checkpoint(path)["space"] != space.name:
+            raise ValueError(f"{path} is of another space than {space.name}; give another --out")
         if config.resume and not os.path.exists(path):
             print(f"nothing to resume: {path} does not exist, training starts", file=sys.stderr)
         model = train(config, space, data, model, arch, path)
