@@ -624,7 +624,7 @@ static void add_depthwise(Y* out, const X* source, const X* w, const X* x, Gathe
     const int taps = a.taps(), rows = (a.A - 1) * a.S + a.KH, columns = (a.B - 1) * a.S + a.KW;
     const int width = ceil_div(columns, a.S) + LANES;
     const int64_t pitch = (int64_t)a.S * a.S * width, size = rows * a.S * width + ROWS * pitch;
-    const std::vector<X> weight = lay_rows(w, a, threads);
+    const std::vector<X> weight = lay_rows(w, a, 1);
     std::vector<float> work(threads * size);
     std::vector<int> place(std::max(columns, a.KW));  // of column c in a row of the copy
     for (int c = 0; c < int(place.size()); ++c) place[c] = c % a.S * width + c / a.S;
