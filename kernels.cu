@@ -90,7 +90,7 @@ BOTH inline void mark_nan_weight(float* gx, const float* w, const ConvShape& s, 
 //
 // A kernel is a sequence of EACH_THREAD loops: on the GPU one thread's part closed by __syncthreads, emulated
 // the 256 threads of a block in turn, blocks on CPU threads. PRIVATE is a thread's own, MINE(a) its copy.
-constexpr int THREADS = 256, TM = 64, TK = 16, DEPTH = 4;  // a step of a tile: TM channels, TK taps
+constexpr int THREADS = 256, TM = 64, TK = 16, DEPTH = 4;  // a step: TM channels, TK taps
 #ifdef __CUDACC__
 #define DEVICE static __device__ inline
 #define KERNEL static __global__ void __launch_bounds__(THREADS, 2)
