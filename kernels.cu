@@ -617,26 +617,33 @@ static void add_u8(int32_t* y, const uint8_t* x, const uint8_t* w, Gather a, int
 
 
 // Both passes of depthwise layers in tiles of ROWS x LANES pixels. The source map is copied with its padding,
-// split into S column phases: what a tap reads for pixels side by side lies side by side.
-template <bool grad, class Y, class X>
+// split into S column phases: what a tap reads for pixels side by side lies side by side. Bytes are summed in
+// 16 bits (C = int16_t), which hold 128 taps.
+template <bool grad, class C, class Y, class X>
 static void add_depthwise(Y* out, const X* source, const X* w, const X* x, Gather a, int threads) {
+    typedef X x_vec __attribute__((vector_size(LANES * sizeof(X))));
+    typedef C c_vec __attribute__((vector_size(LANES * sizeof(C))));
     typedef Y y_vec __attribute__((vector_size(LANES * sizeof(Y))));
     const int taps = a.taps(), rows = (a.A - 1) * a.S + a.KH, columns = (a.B - 1) * a.S + a.KW;
     const int width = ceil_div(columns, a.S) + LANES;
     const int64_t pitch = (int64_t)a.S * a.S * width, size = rows * a.S * width + ROWS * pitch;
     const std::vector<X> weight = lay_rows(w, a, 1);
-    std::vector<float> work(threads * size);
+    std::vector<C> work(threads * size);
     std::vector<int> place(std::max(columns, a.KW));  // of column c in a row of the copy
+    std::vector<int64_t> tap(taps);                   // of tap k in the copy
     for (int c = 0; c < int(place.size()); ++c) place[c] = c % a.S * width + c / a.S;
+    for (int k = 0; k < taps; ++k) tap[k] = (int64_t)k / a.KW * a.S * width + place[k % a.KW];
     const int top = std::max(0, a.row0), left = std::max(0, -a.col0), right = std::min(a.W - a.col0, columns);
     const vec one = opaque(splat(1));
     parallel((int64_t)a.N * a.G, threads, [&](int64_t p, int thread) {
-        float* plane = work.data() + thread * size;
+        C* plane = work.data() + thread * size;
         for (int i = top; i < std::min(a.H, rows + a.row0); ++i) {
             const X* from = source + (p * a.H + i) * a.W + a.col0;
-            float* to = plane + (int64_t)(i - a.row0) * a.S * width;
-            if (a.S == 1 && left < right) std::copy(from + left, from + right, to + left);
-            else for (int c = left; c < right; ++c) to[place[c]] = from[c];
+            C* to = plane + (int64_t)(i - a.row0) * a.S * width;
+            int c = left;
+            for (; a.S == 1 && c + LANES <= right; c += LANES)
+                store(to + c, __builtin_convertvector(load<x_vec>(from + c), c_vec));
+            for (; c < right; ++c) to[place[c]] = from[c];
         }
         for (int i = 0; i < a.A; i += ROWS)
             for (int j = 0; j < a.B; j += LANES) {
@@ -644,16 +651,18 @@ static void add_depthwise(Y* out, const X* source, const X* w, const X* x, Gathe
                 const bool whole = count == LANES && a.step == 1;
                 const int64_t line = (int64_t)a.width * a.step;
                 const int64_t at = p * a.channel + (int64_t)a.row * a.width + i * line + j * a.step + a.col;
-                vec own[ROWS] = {}, acc[ROWS] = {};
+                c_vec own[ROWS] = {}, acc[ROWS] = {};
                 for (int r = 0; grad && r < height; ++r)
-                    if (whole) own[r] = load(x + at + r * line);
+                    if (whole) own[r] = load<c_vec>(x + at + r * line);
                     else for (int l = 0; l < count; ++l) own[r][l] = x[at + r * line + l * a.step];
                 for (int k = 0; k < taps; ++k) {
-                    const float b = weight[p % a.G * taps + k];
-                    const float* from = plane + i * pitch + k / a.KW * a.S * width + place[k % a.KW] + j;
+                    const C b = weight[p % a.G * taps + k];
+                    const C* from = plane + i * pitch + tap[k] + j;
                     UNROLL for (int r = 0; r < ROWS; ++r) {
-                        const vec value = load(from + r * pitch);
-                        acc[r] += grad ? value * clip(b - own[r]) : -vabs(value - b) * one;
+                        const c_vec value = load<c_vec>(from + r * pitch), d = value - b;
+                        if constexpr (grad) acc[r] += value * clip(b - own[r]);
+                        else if constexpr (sizeof(C) == 4) acc[r] -= vabs(d) * one;
+                        else acc[r] -= d < 0 ? -d : d;
                     }
                 }
                 for (int r = 0; r < height; ++r) {
@@ -673,7 +682,7 @@ static int mark_nan_weights(float* gx, const float* w, const ConvShape& s, int64
 template <bool grad> static int add(float* out, const float* source, const float* w, const float* x,
                                     const Gather& a, int64_t threads) try {
     if (a.pixels() == 0) return 0;
-    if (a.C == 1 && a.M == 1) add_depthwise<grad>(out, source, w, x, a, int(threads));
+    if (a.C == 1 && a.M == 1) add_depthwise<grad, float>(out, source, w, x, a, int(threads));
     else if (!grad) add_forward(out, source, w, a, int(threads));
     else if (exchangeable(a)) add_grad_x<true>(out, w, x, source, exchanged_grad_x(a), int(threads));
     else {
@@ -688,7 +697,9 @@ extern "C" int add_conv2d_u8(int32_t* y, const uint8_t* x, const uint8_t* w, con
                              int64_t threads) try {
     const Gather a = forward_gather(*s);
     if (a.pixels() == 0) return 0;
-    if (a.C == 1 && a.M == 1) add_depthwise<false>(y, x, w, x, a, int(threads));
+    const bool depthwise = a.C == 1 && a.M == 1;
+    if (depthwise && a.taps() <= 128) add_depthwise<false, int16_t>(y, x, w, x, a, int(threads));
+    else if (depthwise) add_depthwise<false, float>(y, x, w, x, a, int(threads));
     else add_u8(y, x, w, a, int(threads));
     return 0;
 } catch (const std::exception&) { return -1; }
