@@ -615,7 +615,6 @@ static void add_u8(int32_t* y, const uint8_t* x, const uint8_t* w, Gather a, int
     add_panels<CR>(y, source.data(), (const int32_t*)nullptr, a, threads, compute);
 }
 
-
 // Both passes of depthwise layers in tiles of ROWS x LANES pixels. The source map is copied with its padding,
 // split into S column phases: what a tap reads for pixels side by side lies side by side. Bytes are summed in
 // 16 bits (C = int16_t), which hold 128 taps.

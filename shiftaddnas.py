@@ -1951,7 +1951,7 @@ def layer_operators(layer, device):
     yield "add (broadcast)", nullcontext, broadcast, (x[::8], w), elements, 8
     if device == "cpu":
         bytes_ = [(t * 50 + 128).clamp(0, 255).to(torch.uint8) for t in (x, w)]
-        yield "add u8", nullcontext, lambda x, w: add_conv2d_u8(x, w, 1, padding, groups), bytes_, elements, 1
+        yield "add u8", path("cpu"), lambda x, w: add_conv2d_u8(x, w, 1, padding, groups), bytes_, elements, 1
     yield "shift", nullcontext, lambda x, w: conv(fixed_point(x), power_of_two(w)), (x, w), elements, 1
     pairs = 2 * heads.numel() * heads.shape[2]  # q k products and values, elements of this layer's tokens
     yield "attention", nullcontext, F.scaled_dot_product_attention, (heads,) * 3, pairs, 1

@@ -538,6 +538,12 @@ def test_without_a_working_compiler_torch_adds_and_one_line_says_so(compiler, re
     assert out == "-18.0\n" and err.count("\n") == 1 and reason in err
 
 
+@pytest.mark.parametrize("flags, message", [(["--hlep"], "takes no arguments"), ([], "needs a C++ compiler")])
+def test_the_operator_table_refuses_in_one_sentence(flags, message):
+    run = command("shiftaddnas", *flags, env={**ONE_THREAD, "CXX": "no-such"})
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and message in run.stderr
+
+
 def test_nothing_is_compiled_or_loaded_at_import(tmp_path):
     assert start(tmp_path, "import shiftaddnas").communicate() == ("", "") and not list(tmp_path.iterdir())
 
@@ -596,6 +602,15 @@ def test_integer_operators_equal_their_definitions_on_every_element(build):
             wanted = F.conv2d(small.double(), weight.double(), None, *geometry[:2], 1, geometry[2])
             found = shift_conv2d_int(small, pack_shift(weight), weight.shape, *geometry)
             assert (found.double() / 2**15).equal(wanted)
+
+
+@needs_compiler
+@pytest.mark.parametrize("build", ["cpu", "cpu-avx2", "cpu-portable"])
+def test_depthwise_sums_of_bytes_fit_their_lanes_up_to_the_largest_kernels(build):
+    with kernels(build):
+        for kh, kw in [(7, 7), (8, 16), (3, 43), (16, 16)]:  # 128 taps are the last that 16 bits hold
+            x, w = torch.full((2, 3, kh + 9, kw + 20), 255).byte(), torch.zeros(3, 1, kh, kw).byte()
+            assert (add_conv2d_u8(x, w, groups=3) == -255 * kh * kw).all()
 
 
 @needs_compiler
