@@ -1,0 +1,187 @@
+"""Draw the figures of the results: PNG files beside search.json, energy.png, and the winners as text.
+
+    python -m results.figures                   results/*.png and results/translation/*.png
+    python -m results.figures out               out/pareto.png of one search
+
+Ten seconds; needs matplotlib (pip install matplotlib).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import train
+from cost_model import ACCOUNTINGS, EYERISS, LEVELS, PRIMITIVES, network_cost, network_layers
+from results.energy import PUBLISHED
+from results.search import measure_of
+from shiftaddnas import find_space
+
+HERE = Path(__file__).parent
+# Okabe and Ito's colours. Of a letter: fill, ink, hatch; of a network of the table: fill, marker
+BLACK, BLUE, SKY, YELLOW, RED, ORANGE = "#000000", "#0072B2", "#56B4E9", "#F0E442", "#D55E00", "#E69F00"
+LETTERS = {"t": (BLACK, "w", ""), "c": (BLUE, "w", ""), "s": (SKY, "k", "//"), "a": (YELLOW, "k", "..")}
+NETWORKS = {
+    "winner": (RED, "*"), "random": ("w", "o"), "all-attention": (BLACK, "X"), "all-conv": (BLUE, "s"),
+    "all-shift": (SKY, "D"), "all-add": (YELLOW, "^"),
+}
+LEVEL_LOOKS = zip(LEVELS, (YELLOW, BLUE, "#FFFFFF", SKY, ORANGE), ("", "", "//", "", ".."))
+
+
+def new_figure(width, height):
+    """Return a matplotlib figure, sizes in inches; ValueError, with the pip line, without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("figures need matplotlib: pip install matplotlib") from None
+    return Figure((width, height), layout="constrained")
+
+
+def write_figure(figure, path):
+    """Write a figure, whole or not at all."""
+    train.replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+    print(f"wrote {path}")
+
+
+def cells(arch):
+    """Return the letters or types of an arch, a list a stage; in translation of encoder and decoder."""
+    if ":" not in arch:
+        return [list(stage) for stage in arch.split("/")]
+    return [[layer.split("-")[0] for layer in part.split(":")[1].split()] for part in arch.split("/")]
+
+
+def strip(arch):
+    """Return an arch as a line of text: stem  [s][s] / [s][s][c] / [s][c][a]  head."""
+    stages = " / ".join("".join(f"[{kind}]" for kind in stage) for stage in cells(arch))
+    return f"encoder / decoder  {stages}" if ":" in arch else f"stem  {stages}  head"
+
+
+def pareto_front(points):
+    """Return the points (energy_mj, measure) that no other betters, by rising energy."""
+    front = []
+    for energy_mj, measure in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or measure > front[-1][1]:
+            front.append((energy_mj, measure))
+    return front
+
+
+def plot_pareto(runs, path):
+    """Draw energy against accuracy or BLEU: scored networks with inherited weights, and retrained ones."""
+    space = find_space(runs[0]["settings"]["space"])
+    rows = [row for run in runs for row in run["table"]]
+    measure, title = measure_of(rows)
+    scored = []
+    for run in runs:
+        for arch, fitness in run["scores"].items():
+            scored.append((network_cost(network_layers(space, arch)).energy_mj, fitness))
+    retrained = [(row["energy_mj"], row[measure]) for row in rows]
+    loss = "minus loss, nats a token" if measure == "bleu" else "accuracy %"
+    panels = {
+        "scored, inherited weights, validation data": (scored, loss),
+        "retrained, test data": (retrained, title),
+    }
+    figure = new_figure(9, 3.8)
+    for axes, (name, (points, label)) in zip(figure.subplots(1, 2), panels.items()):
+        axes.step(*zip(*pareto_front(points)), where="post", color="0.4", linewidth=1, zorder=0)
+        axes.scatter(*zip(*points), s=12, c="0.6")
+        axes.set(title=name, xlabel="energy, mJ, official accounting", ylabel=label)
+    for name in dict.fromkeys(row["name"] for row in rows):
+        points = [(row["energy_mj"], row[measure]) for row in rows if row["name"] == name]
+        fill, marker = NETWORKS[name]
+        size = 150 if marker == "*" else 60
+        axes.scatter(*zip(*points), s=size, c=fill, marker=marker, edgecolors="k", label=name)
+    axes.legend(fontsize=8)
+    write_figure(figure, path)
+
+
+def boxes(arch):
+    """Return (x, width, letter) of the strip of an arch: a cell a block, halves for a layer of two types."""
+    strip = []
+    x = 0.0
+    for stage in cells(arch):
+        for kind in stage:
+            strip += [(x + i / len(kind), 1 / len(kind), letter) for i, letter in enumerate(kind)]
+            x += 1.1
+        x += 0.3
+    return strip
+
+
+def plot_archs(runs, path):
+    """Draw every retrained network as a strip of letters, with its mean accuracy or BLEU and its energy."""
+    rows = [row for run in runs for row in run["table"]]
+    measure, title = measure_of(rows)
+    networks = {}  # arch -> its rows, the winners first
+    for row in sorted(rows, key=lambda row: [*NETWORKS].index(row["name"])):
+        networks.setdefault(row["arch"], []).append(row)
+    strips = {arch: boxes(arch) for arch in networks}
+    end = max(x + width for strip in strips.values() for x, width, _ in strip)
+    figure = new_figure(2.8 + 0.55 * end, 0.5 + 0.32 * len(networks))
+    axes = figure.subplots()
+    for y, (arch, same) in enumerate(networks.items()):
+        for x, width, letter in strips[arch]:
+            fill, ink, hatch = LETTERS[letter.lower()]
+            axes.barh(y, width, 0.8, x, align="center", color=fill, hatch=hatch, edgecolor="0.4")
+            label = {"color": fill, "pad": 1.5, "linewidth": 0}
+            axes.text(
+                x + width / 2, y, letter, color=ink, ha="center", va="center", weight="bold", bbox=label
+            )
+        mean = sum(row[measure] for row in same) / len(same)
+        axes.text(end + 0.3, y, f"{mean:.1f}   {same[0]['energy_mj']:.3f} mJ", va="center")
+    axes.set_yticks(range(len(networks)), [same[0]["name"] for same in networks.values()])
+    axes.tick_params(length=0)
+    axes.set(xlim=(-0.1, end + 3.5), ylim=(len(networks) - 0.5, -0.5), xticks=[], frame_on=False)
+    axes.set_title(f"c conv, s shift, a add, t attention; {title}, energy", fontsize=10, loc="left")
+    write_figure(figure, path)
+
+
+def plot_energy(space, winner, path):
+    """Draw energy by operator and memory level, official and uniform, of a published network and a winner."""
+    name, published_space, arch, ((image, _), *_) = PUBLISHED[0]
+    networks = {
+        f"{name}, {image} x {image}": network_layers(published_space, arch, image),
+        f"{space} {winner}": network_layers(space, winner),
+    }
+    figure = new_figure(9, 6)
+    panels = figure.subplots(2, 2, sharey="row")
+    looks = list(LEVEL_LOOKS)
+    for pair, (title, layers) in zip(panels, networks.items()):
+        for axes, accounting in zip(pair, ACCOUNTINGS):
+            bars = {}
+            for op in PRIMITIVES:
+                cost = network_cost([layer for layer in layers if layer.op == op], 32, accounting, EYERISS)
+                if cost.energy_mj:
+                    bars[op] = cost._asdict()
+            below = [0.0] * len(bars)
+            for level, colour, hatch in looks:
+                heights = [bar[level] for bar in bars.values()]
+                label = level.removesuffix("_mj")
+                axes.bar(
+                    list(bars), heights, 0.6, below, color=colour, hatch=hatch, edgecolor="k", linewidth=0.5,
+                    label=label,
+                )
+                below = [low + height for low, height in zip(below, heights)]
+            total_mj = network_cost(layers, 32, accounting, EYERISS).energy_mj
+            axes.set_title(f"{title}, {accounting}: {total_mj:.3g} mJ", fontsize=10)
+            axes.set_ylabel("energy (mJ)")
+    figure.axes[0].legend(loc="upper right")
+    write_figure(figure, path)
+
+
+def main(argv=None):
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
+    parser.add_argument("folder", nargs="?", help="output folder of one search; default: the results")
+    args = parser.parse_args(argv)
+    if args.folder:
+        run = json.loads((Path(args.folder) / "search.json").read_text(encoding="utf-8"))
+        return plot_pareto([run], Path(args.folder) / "pareto.png")
+    for folder in (HERE, HERE / "translation"):
+        runs = json.loads((folder / "search.json").read_text(encoding="utf-8"))["runs"]
+        plot_pareto(runs, folder / "pareto.png")
+        plot_archs(runs, folder / "archs.png")
+        print("\n".join(strip(run["winner"]) for run in runs))
+        if folder == HERE:
+            plot_energy(runs[0]["settings"]["space"], runs[0]["winner"], folder / "energy.png")
+
+
+if __name__ == "__main__":
+    train.run_command(main)
