@@ -8,11 +8,12 @@ Reading order
     §1 rounding      power_of_two, fixed_point: weights and activations on a shift's grid
     §2 operators     add_conv2d, shift_conv2d, attention2d: pure functions of (x, weight, ...)
     §3 sharing       SharedWeight: one tensor that conv, shift and add read; T(w); the divergence
-    §4 blocks        AddConv2d, ShiftConv2d (drop-in layers) and Block (one residual bottleneck, any op)
-    §5 space         SearchSpace: size, sample, validate, mutate, crossover of arch strings; SPACES
-    §6 supernet      Supernet(x, arch), Supernet.extract(arch), build(space, arch)
-    §7 translation   mix_tokens, attend: operators on (B, T, C); TokenSpace: archs of Transformers
-    §8 Translator    the encoder-decoder of a TokenSpace, supernet or one arch; beam search
+    §4 torch         the add operator's arguments, dtypes, autograd, vmap and compiled kernels
+    §5 blocks        AddConv2d, ShiftConv2d: drop-in layers; convert; Block: one bottleneck of any op
+    §6 space         SearchSpace: size, sample, validate, mutate, crossover of arch strings; SPACES
+    §7 supernet      Supernet(x, arch), Supernet.extract(arch), build(space, arch)
+    §8 tokens        mix_tokens, attend: operators on (B, T, C); TokenSpace: archs of Transformers
+    §9 Translator    the encoder-decoder of a TokenSpace, supernet or one arch
 
 Symbols
     N batch · C, M channels in and out · H, W map · K kernel · S stride · P padding · G groups
@@ -22,9 +23,9 @@ Symbols
           stages. The published T0_mix_v3 is cc/cccc/sctaa/ttctt.
 
 Where an idea of the paper stands
-    hybrid search space             SPACES, SearchSpace                  §5
+    hybrid search space             SPACES, SearchSpace                  §6
     shift weights (DeepShift)       power_of_two (Q), shift_weight (PS)  §1
-    add layer (AdderNet)            add_conv2d                           §2
+    add layer (AdderNet)            add_conv2d §2; its gradients: _AddConv2d §4
     heterogeneous weight sharing    SharedWeight, kl_divergence          §3
     supernet loss                   train.py: cross-entropy + kl_weight * supernet.divergence(archs)
     evolutionary search             search.py;  energy and latency: cost_model.py
