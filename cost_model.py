@@ -405,8 +405,10 @@ def measured_table(space, path, image=None):
         try:
             table = json.loads(path.read_text())
             if table["machine"] == machine:
+                if not all(0 < ms < math.inf for ms in table["latency_ms"].values()):
+                    raise ValueError
                 return table
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path} is not a latency table: remove it or name another file") from None
         print(f"{path} is of another machine, space or version: measuring again", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)  # fails before the measurement

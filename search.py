@@ -28,7 +28,7 @@ import torch.distributed as dist
 from cost_model import arch_costs, measured_table, network_cost, network_layers
 from shiftaddnas import SPACES, TOKEN_SPACES
 from train import add_flags, join_processes, load_data, make_model, processes, rank, read_settings
-from train import run_command, train, use_device, write_text
+from train import run_command, train, write_text
 
 LIMITS = ("energy_mj", "latency_ms", "measured_ms", "params", "macs")  # costs that --limit can bound
 TRIES = 200  # draws for one child before the search says that the budget leaves nothing new
@@ -196,10 +196,11 @@ def read_state(path, space):
     """Return the state of an interrupted search; ValueError if the file holds none of this space."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        whole = state.keys() >= {"settings", "rng"} and isinstance(state["generation"], int)
+        whole = "settings" in state and type(state["generation"]) is int and state["generation"] >= 0
+        torch.Generator().set_state(torch.tensor(state["rng"], dtype=torch.uint8))
         for arch, fitness in state["scores"].items():
             whole = whole and space.validate(arch) and math.isfinite(fitness)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):  # RecursionError is one
         whole = False
     if not whole:
         raise ValueError(f"{path} is not the state of a search of space {space.name}; remove it")
@@ -305,7 +306,6 @@ def main(argv=None):
         shorter = ["max_length=24", "beam=1"] if args.space in TOKEN_SPACES else []
         args.set = ["epochs=1", "supernet_epochs=1", "finalists=1", *shorter, *args.set]
         evolution = {"generations": 1, "first": 6}
-    use_device(args.device)
     space, recipe, out = read_settings(args)
     limits = read_limits(args.limit)
     if not 0 <= evolution["generations"]:

@@ -92,7 +92,7 @@ def straight_through(x, value):
     x - x.detach() is exactly 0, so the result is exactly `value`; an infinite x gives NaN. It is plain
     arithmetic, so every transform of torch.func and torch.compile can follow it.
     """
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()):
         if unpack_dual(x).tangent is None:  # no forward-mode derivative either: nothing to pass on
             return value
     return value.detach() + (x - x.detach())
@@ -417,7 +417,7 @@ def add_dtypes(x, weight):
             f"x and weight must be floating and on one device, got {x.dtype} on {x.device}, "
             f"{weight.dtype} on {weight.device}"
         )
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x = at_least_float32(x)
         weight = weight.to(x.dtype)
     if x.dtype != weight.dtype:
@@ -633,7 +633,10 @@ def compile_commands(device_type, compiler, tuning):
         return [[nvcc, "-O3", "-std=c++17", f"-arch=sm_{major}{minor}", "-shared", "-Xcompiler", "-fPIC"]]
     if device_type != "cpu":
         raise RuntimeError(f"there are none for device {device_type}")
-    words = shlex.split(compiler)
+    try:
+        words = shlex.split(compiler)
+    except ValueError as error:
+        raise RuntimeError(f"the C++ compiler {compiler!r} cannot be split into words: {error}") from None
     if not words or shutil.which(words[0]) is None:
         raise RuntimeError(f"the C++ compiler {compiler!r} is not on the PATH")
     tunings = [["-march=native"], ["-mcpu=native"], []] if tuning is None else [shlex.split(tuning)]
@@ -762,6 +765,8 @@ class AddConv2d(HybridConv2d):
 
     def __init__(self, *arguments, eta=eta, **named):
         super().__init__(*arguments, **named)
+        if eta is not None and not (isinstance(eta, (int, float)) and 0 < eta < math.inf):
+            raise ValueError(f"eta must be None or a number above 0, got {eta!r}")
         self.eta = eta
 
     def _conv_forward(self, x, weight, bias):
@@ -839,7 +844,8 @@ def convert(model, op, select=None, linear=False):
     op is "conv", "shift" or "add". select(name, layer) says which layers, default all; linear=True takes the
     nn.Linear layers too. The layers keep their parameters: a shift rounds them at each forward, so a trained
     network loses little; an add reads the same numbers as distances, so it must be trained again. Warns with
-    the share of weights beyond +-1, which a shift clips. Raises ValueError for another op.
+    the share of weights beyond +-1, which a shift clips. Subclasses of nn.Conv2d and nn.Linear stay as they
+    are. Raises ValueError for another op.
     """
     if op not in CONVS:
         raise ValueError(f"op must be one of {', '.join(CONVS)}, got {op!r}")
@@ -855,8 +861,9 @@ def convert(model, op, select=None, linear=False):
             continue
         layer.__class__ = kinds[op]  # these layers hold what nn.Conv2d and nn.Linear hold, and no more
         count += 1
-        clipped += int((layer.weight.detach().abs() > 1).sum())
-        total += layer.weight.numel()
+        if not layer.weight.is_meta:
+            clipped += int((layer.weight.detach().abs() > 1).sum())
+            total += layer.weight.numel()
     if op == "shift" and clipped:
         warnings.warn(f"{clipped / total:.1%} of the weights are beyond +-1, where a shift uses +-1")
     return count
@@ -1035,16 +1042,24 @@ class SearchSpace:
 
     def __post_init__(self):
         where = f"space {self.name}:"
+        for name in ("widths", "strides", "ops", "depths"):
+            if not isinstance(getattr(self, name), tuple) or not getattr(self, name):
+                raise ValueError(f"{where} {name} must be a tuple of values, got {getattr(self, name)!r}")
         stages = len(self.widths)
         lists = [("strides", self.strides), ("ops", self.ops)] + [("depths", row) for row in self.depths]
         for name, value in lists:
             if not isinstance(value, tuple) or len(value) != stages:
                 raise ValueError(f"{where} {name} must be a tuple of {stages} values, got {value!r}")
-        if any(type(depth) is not int or depth < 1 for depths in self.depths for depth in depths):
-            raise ValueError(f"{where} each depth must be an int of at least 1, got {self.depths}")
+        numbers = [(name, (getattr(self, name),)) for name in ("image", "in_channels", "classes", "head_dim")]
+        numbers += [("widths", self.widths), *lists[:1], *lists[2:]]
+        for name, values in numbers:
+            if any(type(value) is not int or value < 1 for value in values):
+                raise ValueError(f"{where} {name} must be ints of at least 1, got {values}")
+        if self.strides[0] != 1 or len(set(self.depths)) < len(self.depths):
+            raise ValueError(f"{where} the first stride must be 1, and no depths may stand twice")
         for ops, width in zip(self.ops, self.widths):
-            if not ops or set(ops) - set(OPS):
-                raise ValueError(f"{where} a stage offers {ops!r}, allowed are letters of {[*OPS]}")
+            if not isinstance(ops, str) or not ops or set(ops) - set(OPS) or len(set(ops)) < len(ops):
+                raise ValueError(f"{where} a stage offers {ops!r}, allowed are different letters of {[*OPS]}")
             if width % 4 or "t" in ops and width // 4 % self.head_dim:
                 raise ValueError(f"{where} head_dim {self.head_dim} must divide p = {width} / 4")
 
@@ -1466,6 +1481,21 @@ class TokenSpace:
     kernels: tuple = (3, 7, 15, 31, 31, 31)  # taps of the light operators by layer, not searched
     light_heads: tuple = (16, 4)  # kernels of a stand-alone and of a half light operator
     tied: bool = True  # one embedding for source, target and logits; else one each
+
+    def __post_init__(self):
+        where = f"space {self.name}:"
+        lists = ("widths", "encoder_ffn", "decoder_ffn", "heads", "decoder_layers", "kernels", "light_heads")
+        for name in (*lists, "encoder_layers", "qkv"):
+            value = getattr(self, name)
+            values = value if name in lists else (value,)
+            is_list = isinstance(values, tuple) and len(values) > 0
+            if not is_list or not all(type(number) is int and number > 0 for number in values):
+                kind = "a tuple of ints" if name in lists else "an int"
+                raise ValueError(f"{where} {name} must be {kind} of at least 1, got {value!r}")
+        if len(self.kernels) < max(self.encoder_layers, *self.decoder_layers):
+            raise ValueError(f"{where} kernels must have an entry for each layer, got {self.kernels}")
+        if any(self.qkv % heads for heads in self.heads) or any(width % 2 for width in self.widths):
+            raise ValueError(f"{where} heads {self.heads} must divide qkv {self.qkv}, and 2 each width")
 
     def choices(self):
         """Return part -> {list: allowed values} in the order in which genes are drawn, types last."""

@@ -565,8 +565,18 @@ BAD_SPACES = [
     ({"ops": ("c", "", "cs")}, "a stage offers ''"),
     ({"depths": ([2, 2, 2],)}, "depths must be a tuple"),
     ({"depths": ((2, 2),)}, "depths must be a tuple of 3 values"),
-    ({"depths": ((2, 0, 2),)}, "each depth must be an int of at least 1"),
-    ({"depths": ((2, 2.0, 2),)}, "each depth must be an int"),
+    ({"depths": ((2, 0, 2),)}, "depths must be ints of at least 1"),
+    ({"depths": ((2, 2.0, 2),)}, "depths must be ints"),
+    ({"depths": ()}, "depths must be a tuple of values"),
+    ({"depths": 5}, "depths must be a tuple of values, got 5"),
+    ({"depths": ((2, 2, 2), (2, 2, 2))}, "no depths may stand twice"),
+    ({"widths": [32, 64, 128]}, "widths must be a tuple"),
+    ({"widths": (32, 64.0, 128)}, "widths must be ints"),
+    ({"strides": (2, 2, 2)}, "the first stride must be 1"),
+    ({"strides": (1, 0, 2)}, "strides must be ints of at least 1"),
+    ({"ops": ("cc", "cs", "cs")}, "different letters"),
+    ({"head_dim": 0}, "head_dim must be ints of at least 1"),
+    ({"classes": 0}, "classes must be ints of at least 1"),
     ({"head_dim": 12}, "head_dim 12 must divide p = 64 / 4"),
     ({"widths": (32, 64, 126)}, "must divide p = 126 / 4"),
 ]
@@ -576,6 +586,23 @@ BAD_SPACES = [
 def test_a_bad_space_is_named(change, message):
     with pytest.raises(ValueError, match="space fashion: .*" + message):
         replace(FASHION, **change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"widths": [96, 64]}, "widths must be a tuple of ints"),
+        ({"kernels": (3,)}, "kernels must have an entry for each layer"),
+        ({"qkv": 97}, "must divide qkv 97"),
+        ({"heads": (5,)}, "must divide qkv 96"),
+        ({"widths": (95,)}, "2 each width"),
+        ({"decoder_layers": (0,)}, "decoder_layers must be a tuple of ints of at least 1"),
+        ({"encoder_layers": 0}, "encoder_layers must be an int of at least 1"),
+    ],
+)
+def test_a_bad_space_of_translation_is_named(change, message):
+    with pytest.raises(ValueError, match="space translation: .*" + message):
+        replace(shiftaddnas.TOKEN_SPACES["translation"], **change)
 
 
 # ------------------------------------------------------------------------------------------ §7 supernet

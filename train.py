@@ -307,6 +307,7 @@ def processes():
 
 def join_processes(device):
     """Join the processes that torchrun started, if it did; return this one's device, each its GPU."""
+    use_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
         return device
     backend = "nccl" if device.startswith("cuda") else "gloo"
@@ -479,6 +480,9 @@ def load_model(path, state):
         recipe = Recipe(**state["recipe"])
         model = make_model(space, state["arch"], state["sharing"], state["seed"], recipe, state["data"])
         model.load_state_dict(weights)
+        if isinstance(space, TokenSpace):
+            return model.eval()
+        images.require_state(state["data"], space)
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[:2][-1].strip()  # torch's first line names only the class
         raise ValueError(f"{path} does not fit the network: {reason}") from None
@@ -611,6 +615,8 @@ def predict(args):
     names, x = images.read_pictures(pictures, network.space, state["data"])
     with torch.no_grad():
         probabilities = network(x.to(args.device)).softmax(1)
+    if not probabilities.isfinite().all():
+        raise ValueError(f"--predict {path}: the network's outputs are not finite numbers")
     class_names = state["data"]["class_names"] or range(network.space.classes)
     for name, row in zip(names, probabilities):
         best = int(row.argmax())
@@ -636,9 +642,10 @@ def main(argv=None):
     flag("--arch", default="", help="train this network, not the supernet: an arch or a .json file with one")
     flag("--init", metavar="FILE", help="with --arch: start from this checkpoint of a supernet or network")
     flag("--resume", action="store_true", help="continue an interrupted run")
-    flag("--evaluate", metavar="FILE", help="test the network of this checkpoint instead")
-    flag("--predict", nargs="+", metavar="FILE", help="a checkpoint, then pictures to classify")
-    flag("--translate", metavar="FILE", help="translate standard input with this checkpoint instead")
+    mode_flag = parser.add_mutually_exclusive_group().add_argument
+    mode_flag("--evaluate", metavar="FILE", help="test the network of this checkpoint instead")
+    mode_flag("--predict", nargs="+", metavar="FILE", help="a checkpoint, then pictures to classify")
+    mode_flag("--translate", metavar="FILE", help="translate standard input with this checkpoint instead")
     args = parser.parse_args(argv)
     use_device(args.device)
     for name, mode in (("evaluate", evaluate), ("predict", predict), ("translate", translate)):

@@ -188,6 +188,18 @@ def normalise(x, mean, std):
 # ------------------------------------------------------------------------------------- evaluation
 
 
+def require_state(state, space):
+    """Raise ValueError unless Images.state() of a checkpoint can prepare images of a space."""
+    numbers = torch.stack([torch.as_tensor(state["mean"]), torch.as_tensor(state["std"])]).flatten(1)
+    if numbers.shape[1] != space.in_channels or not numbers.isfinite().all() or (numbers[1] <= 0).any():
+        raise ValueError(f"its mean and deviation are {numbers.tolist()}, for {space.in_channels} channels")
+    names = state["class_names"]
+    if type(state["side"]) is not int or state["side"] < 1:
+        raise ValueError(f"its side is {state['side']!r}, not an int of at least 1")
+    if names is not None and len(names) != space.classes:
+        raise ValueError(f"it has {len(names)} class names for {space.classes} classes")
+
+
 @torch.no_grad()
 def accuracy(network, data, split, device="cpu", batch=500):
     """Return the percentage of a split's images that a network in evaluation mode classifies right."""
@@ -200,6 +212,9 @@ def accuracy(network, data, split, device="cpu", batch=500):
         # argmax would take NaN for class 0: a network that is broken would look like one that guesses.
         if not torch.isfinite(logits).all():
             raise ValueError("the network's outputs are not finite numbers; are its weights?")
+        if logits.shape[1] != len(data.class_names):
+            classes = f"{logits.shape[1]} classes, the data have {len(data.class_names)}"
+            raise ValueError(f"the network knows {classes}")
         right += (logits.argmax(1) == y).sum().item()
     return 100 * right / count
 
@@ -380,8 +395,13 @@ def read_cifar(files, key, space):
             with open(path, "rb") as file:
                 # The official files hold strings of Python 2, which become text.
                 batch = ArrayUnpickler(file, encoding="latin1").load()
+            if isinstance(batch, dict):  # keys are bytes where Python 3 wrote again what it had read as bytes
+                batch = {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in batch.items()}
             if not isinstance(batch, dict) or "data" not in batch or key not in batch:
                 raise ValueError(f"a dict with 'data' and '{key}' is expected")
+            shape = np.shape(batch["data"])
+            if shape[1:] not in ((3072,), (3, 32, 32)):
+                raise ValueError(f"its data have the shape {shape}; (N, 3072) is expected")
             images = np.reshape(batch["data"], (-1, 3, 32, 32)).transpose(0, 2, 3, 1)
             labels = np.array(batch[key])
         parts.append(checked(path, images, path, labels, space))
@@ -400,6 +420,13 @@ def read_picture_folder(folder, space, class_names, cache):
     train/ and test/ above them a sixth of the pictures is for the test, always the same ones.
     """
     parts = {split: folder / split for split in ("train", "val", "test") if (folder / split).is_dir()}
+    others = [path.name for path in folder.iterdir() if path.is_dir() and path.name not in parts]
+    splits = ("train", "training", "val", "valid", "validation", "test")
+    strange = [name for name in others if name.lower() in splits]
+    if strange:
+        raise ValueError(f"{folder / strange[0]}: the folders of a data set are named train, val and test")
+    if parts and others:
+        print(f"{folder}: not used are {', '.join(sorted(others)[:5])}")
     parts = parts or {"all": folder}
     if "val" in parts and "test" not in parts:  # ImageNet's layout
         parts["test"] = parts.pop("val")
@@ -515,8 +542,12 @@ def read_pictures(paths, space, state):
     inputs = []
     for path in map(str, paths):
         if path.endswith(".npy"):
-            array = read_array(Path(path))
-            images = checked(path, array, path, np.zeros(len(array) if array.ndim else 0), space).images
+            array = np.array(read_array(Path(path)))
+            if array.ndim == 2 + (space.in_channels > 1):
+                array = array[None]  # one image
+            if array.ndim == 0 or len(array) == 0:
+                raise ValueError(f"{path} holds no images")
+            images = checked(path, array, path, np.zeros(len(array)), space).images
             names += [f"{path}[{row}]" for row in range(len(images))]
         else:
             images = read_picture(path, space.in_channels, state["side"])[None]

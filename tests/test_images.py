@@ -261,8 +261,10 @@ BAD = [
     (cifar, raw("data_batch_3", pickle.dumps([1])), "data_batch_3 cannot be .* a dict with 'data' and"),
     (cifar, raw("data_batch_2", pickle.dumps({"data": ROWS})), "data_batch_2 cannot .* 'labels' is expected"),
     (cifar, raw("data_batch_2", pickle.dumps({"labels": [1]})), "data_batch_2 cannot .* 'labels' is"),
-    (cifar, cifar_with(data=ROWS[:, 1:]), "data_batch_2 cannot be read .*61420 into shape"),
-    (cifar, cifar_with(data=7), "data_batch_2 cannot be read .* size 1 into shape"),
+    (cifar, cifar_with(data=ROWS[:, 1:]), r"data_batch_2 cannot be read .* have the shape \(20, 3071\)"),
+    (pictures, lambda folder: (folder / "train").rename(folder / "Train"), "Train: the folders of a data set"),
+    (pictures, lambda folder: (folder / "val").rename(folder / "valid"), "valid: the folders of a data set"),
+    (cifar, cifar_with(data=7), r"data_batch_2 cannot be read .* have the shape \(\)"),
     (cifar, cifar_with(data=ROWS / 255), "data_batch_2: images are 32x32x3 float64"),
     (cifar, cifar_with(labels=CIFAR_LABELS[1:]), "data_batch_2 has 20 images but .* 19 labels"),
     (cifar, cifar_with(labels=[10] * 20), "data_batch_2: labels run from 10 to 10; space cifar10 has"),
@@ -623,6 +625,8 @@ def test_pictures_to_classify_are_prepared_like_test_images(tmp_path):
     x, _ = data.view(data.test_set, np.arange(6))
     names, same = read_pictures(files, CIFAR10, data.state())
     np.save(tmp_path / "a.npy", data.test_set.images[data.test_set.index[:2]])
+    np.save(tmp_path / "one.npy", data.test_set.images[data.test_set.index[0]])
+    assert read_pictures([tmp_path / "one.npy"], CIFAR10, data.state())[1].equal(x[:1])
     rows, arrays = read_pictures([tmp_path / "a.npy"], CIFAR10, data.state())
     assert rows == [f"{tmp_path}/a.npy[0]", f"{tmp_path}/a.npy[1]"] and arrays.equal(x[:2])
     assert same.equal(x) and names == [str(file) for file in files]

@@ -468,7 +468,7 @@ BAD_CHECKPOINTS = {
     "average of NaN": (scale("average", NAN), NOT_FINITE),
     "missing space": (change(space="mine"), UNFIT + "unknown space 'mine'; known: fashion"),
     "unknown change": (change(space_changes={"depth": 3}), UNFIT),
-    "bad change": (change(space_changes={"depths": ((0, 1, 1),)}), UNFIT + "space fashion: each depth"),
+    "bad change": (change(space_changes={"depths": ((0, 1, 1),)}), UNFIT + "space fashion: depths must be ints"),
     "arch of another space": (change(arch="c/c/c/c"), UNFIT + "arch 'c/c/c/c' must be a string of 3 stages"),
     "another arch": (change(arch="ca/st/tt"), UNFIT + "Missing key"),
     "supernet": (change(arch=""), "x.pt is a supernet of space fashion, not one network"),
@@ -476,6 +476,9 @@ BAD_CHECKPOINTS = {
     "surplus": (change(model={"x": torch.zeros(1)}), UNFIT + "Unexpected key"),
     "space of text": (change(space="translation"), UNFIT + "'vocabulary'"),
     "no data": (lambda state: state | {"data": {}}, NOT_WHOLE),
+    "side of 0": (lambda state: state | {"data": state["data"] | {"side": 0}}, UNFIT + "its side is 0"),
+    "few names": (lambda state: state | {"data": state["data"] | {"class_names": ["a"]}}, UNFIT + "it has 1"),
+    "deviation of 0": (lambda state: state | {"data": state["data"] | {"std": torch.zeros(1, 1, 1)}}, UNFIT),
 }
 
 
