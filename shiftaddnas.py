@@ -317,7 +317,8 @@ class SharedWeight(nn.Module):
         """Return T(w) of some elements of w: one gather of slopes."""
         unit = (w.detach() / self.std + REACH) / (2 * REACH)  # -REACH std .. REACH std becomes 0 .. 1
         bins = (unit * BINS).long().clamp(0, BINS - 1)  # the outer bins are open
-        return w * self.slopes[bins]
+        slopes = self.slopes.index_select(0, bins.flatten())  # its gradient is the faster one
+        return w * slopes.view_as(w)
 
     def sample(self, op, limit=512):
         """Return about `limit` evenly strided elements that an op reads, in units of their target density."""
