@@ -706,6 +706,7 @@ def test_a_seed_decides_the_weights_and_leaves_the_global_generator_alone():
         Supernet(TINY, "some")
 
 
+@pytest.mark.slow
 def test_hytra_and_the_published_network_have_finite_gradients_at_64_pixels():
     generator = rng()
     supernet = Supernet(replace(HYTRA, widths=(32, 64, 256, 256)))

@@ -144,6 +144,7 @@ BANNERS = {  # a banner of shiftaddnas.py -> code that runs on what stands above
 }
 
 
+@pytest.mark.slow  # a process each
 @pytest.mark.parametrize("banner", BANNERS)
 def test_shiftaddnas_cut_above_a_banner_runs_alone(banner, tmp_path):
     source = (ROOT / "shiftaddnas.py").read_text(encoding="utf-8")

@@ -307,7 +307,11 @@ NARROW = replace(SPACES["bossnet_t0"], name="narrow", widths=(128, 128, 256, 256
 
 
 @pytest.mark.parametrize(
-    "arch, form, two_heads, count", [(V3, "PS", True, 31_418_160), (V4, "Q", False, 29_909_040 - 2_049_000)]
+    "arch, form, two_heads, count",
+    [
+        pytest.param(V3, "PS", True, 31_418_160, marks=pytest.mark.slow),
+        (V4, "Q", False, 29_909_040 - 2_049_000),
+    ],
 )
 def test_an_official_file_becomes_a_checkpoint_that_predicts(arch, form, two_heads, count, tmp_path, capsys):
     x = torch.rand(2, 3, 64, 64, generator=rng())
