@@ -686,6 +686,7 @@ def test_script_runs_alone():
 # ---- results/energy.py ----
 
 
+@pytest.mark.slow
 def test_energy_program_writes_the_committed_table_and_prints_two_speeds(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(energy, "TABLE", tmp_path / "energy.md")
     energy.main([])

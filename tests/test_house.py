@@ -108,6 +108,7 @@ COPIES = {  # what is copied together -> code that runs there, what it prints
 }
 
 
+@pytest.mark.slow  # a process each
 @pytest.mark.parametrize("files", COPIES, ids=" ".join)
 def test_files_that_are_copied_together_work_in_an_empty_folder(files, tmp_path):
     for file in files:

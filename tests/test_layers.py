@@ -535,7 +535,8 @@ def test_the_add_operator_refuses_what_its_surrogate_gradient_does_not_have():
 # ------------------------------------------------------------------------------- export, compile and trace
 
 
-@pytest.mark.parametrize("arch", ["a/t", pytest.param("s/ac", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["a/t", "s/ac"])
 def test_an_exported_network_takes_batches_and_images_of_other_sizes(arch):
     network = build(SMALL, arch).eval()
     Dim = torch.export.Dim
