@@ -104,6 +104,12 @@ class Hardware:
         Precision(8, 0.2, 0.03, 0.024, output_rf=32, input_rf=24, weight_rf=1920, buffer=131072, array=4),
     )
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            free = name.endswith("_pj")  # an energy may be 0
+            if name != "precisions" and not (0 < value < math.inf or free and value == 0):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+
 
 EYERISS = Hardware()
 

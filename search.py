@@ -3,20 +3,25 @@
     python search.py                            everything on the embedded images, out/search.json
     python search.py --budget 0.4               at most 40 % of the energy of the all-conv network
     python search.py --limit energy_mj=0.5 --limit params=150000 --generations 10
+    python search.py --accounting uniform       energy and latency like for like (cost_model.py)
     python search.py --space translation        the same for translation, BLEU in out/translation/search.json
 
 Run the same command again after an interruption: every phase goes on where it was.
-Evolution as in the official search.py: the fittest archs are parents; each generation is made of mutations,
-crossovers and fresh random archs. Fitness is the accuracy on the validation images with inherited weights,
-after batch-norm recalibration (official: on augmented images, averaged over all archs). Only new archs inside
-the budget are scored. The fittest few (--finalists) are retrained and the best on the validation images wins,
-for inherited weights rank networks only roughly (official: the fittest wins). Test images make the table.
+Evolution as in the official search.py: each generation is made of mutations, crossovers and fresh random
+archs, all inside the budget. Fitness is the accuracy on the validation images with inherited weights, after
+batch-norm recalibration (official: on augmented images, averaged over all archs). Parents are those that no
+other one betters in fitness at no more energy (official: the fittest). A few that are spread along that front
+(--finalists) are retrained, and so are the best networks of one operator; the winner is the cheapest one that
+is within a standard error of the best on the validation images (official: the fittest, by inherited weights,
+which rank networks only roughly). Test images make the table, and its last line is the verdict.
 """
 
 import argparse
 import functools
 import json
 import math
+import multiprocessing
+import statistics
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -25,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cost_model import arch_costs, measured_table, network_cost, network_layers
+from cost_model import EYERISS, arch_costs, measured_table, network_cost, network_layers
 from shiftaddnas import SPACES, TOKEN_SPACES
 from train import add_flags, join_processes, load_data, make_model, processes, rank, read_settings
 from train import run_command, train, write_text
@@ -36,44 +41,50 @@ TRIES = 200  # draws for one child before the search says that the budget leaves
 # ---------------------------------------------------------------------------------------------- limits
 
 
-def limits_for(space, arch, budget, limits):
+def make_costs(space, bits=32, accounting="official", hardware=EYERISS, table=None):
+    """Return energy_mj(arch) and costs(arch), which remember: a search asks for an arch again and again."""
+
+    @functools.lru_cache(maxsize=None)
+    def energy_mj(arch):
+        return network_cost(network_layers(space, arch), bits, accounting, hardware).energy_mj
+
+    @functools.lru_cache(maxsize=None)
+    def costs(arch):
+        return arch_costs(space, arch, bits, accounting, hardware, table)
+
+    return energy_mj, costs
+
+
+def limits_for(space, arch, budget, limits, energy_mj):
     """Return {cost: largest allowed value} for an arch; a budget is a share of its reference's energy."""
     allowed = dict(limits)
     if budget:
-        share = budget * energy_mj(space, space.reference(arch))
+        share = budget * energy_mj(space.reference(arch))
         allowed["energy_mj"] = min(share, allowed.get("energy_mj", share))
     return allowed
 
 
-@functools.lru_cache(maxsize=None)
-def energy_mj(space, arch):
-    """Return the energy of an arch in the official accounting."""
-    return network_cost(network_layers(space, arch)).energy_mj
-
-
-def make_fits(space, budget, limits, table=None):
+def make_fits(space, budget, limits, energy_mj, costs):
     """Return fits(arch): whether an arch is inside the budget and every limit."""
-    # costs beside the energy take 0.1 s an arch, and evolution asks for many archs again
-    costs = functools.lru_cache(maxsize=None)(lambda arch: arch_costs(space, arch, table=table))
 
     def fits(arch):
-        allowed = limits_for(space, arch, budget, limits)
-        if energy_mj(space, arch) > allowed.pop("energy_mj", math.inf):
+        allowed = limits_for(space, arch, budget, limits, energy_mj)
+        if energy_mj(arch) > allowed.pop("energy_mj", math.inf):
             return False  # before the slower costs
         return all(costs(arch)[name] <= most for name, most in allowed.items())
 
     return fits
 
 
-def require_some_arch(space, budget, limits, table):
+def require_some_arch(space, budget, limits, energy_mj, costs):
     """Raise ValueError, with what the cheapest archs need, if none of them is inside the limits."""
     archs = space.cheapest()
-    fits = make_fits(space, budget, limits, table)
+    fits = make_fits(space, budget, limits, energy_mj, costs)
     if any(fits(arch) for arch in archs):
         return
-    costs = [arch_costs(space, arch, table=table) for arch in archs]
-    needs = [f"{min(row[name] for row in costs):.4g} {name}" for name in LIMITS if name in costs[0]]
-    share = min(energy_mj(space, arch) / energy_mj(space, space.reference(arch)) for arch in archs)
+    rows = [costs(arch) for arch in archs]
+    needs = [f"{min(row[name] for row in rows):.4g} {name}" for name in LIMITS if name in rows[0]]
+    share = min(energy_mj(arch) / energy_mj(space.reference(arch)) for arch in archs)
     needs = f"the cheapest networks need {', '.join(needs)}, {share:.2f} of the reference's energy"
     asked = [f"--limit {name}={value}" for name, value in limits.items()]
     asked = ", ".join([f"--budget {budget}"] * bool(budget) + asked)
@@ -96,16 +107,45 @@ def read_limits(texts):
 # ------------------------------------------------------------------------------------------- evolution
 
 
-def evolve(
-    space, score_all, fits, generations=5, first=16, parents=8, mutations=5, crossovers=5, fresh=2, seed=0,
-    state=None, report=lambda state: None,
-):
-    """Search a space by evolution; return {"scores": {arch: fitness}, "generation", "rng"}.
+def pareto_front(scores, energy_mj):
+    """Return the archs that no other one betters in fitness at no more energy, by rising energy."""
+    front = []
+    for arch in sorted(scores, key=lambda arch: (energy_mj(arch), -scores[arch], arch)):
+        if not front or scores[arch] > scores[front[-1]]:
+            front.append(arch)
+    return front
 
-    score_all(archs) -> their fitnesses, fits(arch) -> whether it is inside the limits. The space offers
-    sample, mutate and crossover. `state` is None or what an interrupted search gave to report(state), which
-    is called after every generation. A child that cannot be drawn new and inside the limits in TRIES draws is
-    left out, so a small space or a tight budget ends the search instead of hanging it.
+
+def spread(front, count):
+    """Return at most `count` archs at even distances along a front, the fittest first."""
+    last = len(front) - 1
+    places = [round(last * (1 - i / max(1, count - 1))) for i in range(count)]
+    return [front[place] for place in dict.fromkeys(places)]  # each once
+
+
+def best_fronts(scores, energy_mj, count):
+    """Return `count` archs: the Pareto front, the front of the others, and so on; the last one is thinned."""
+    left = dict(scores)
+    best = []
+    while left and len(best) < count:
+        front = pareto_front(left, energy_mj)
+        best += spread(front, count - len(best))
+        for arch in front:
+            del left[arch]
+    return best
+
+
+def evolve(
+    space, score_all, energy_mj, fits, generations=5, first=16, parents=8, mutations=5, crossovers=5, fresh=2,
+    start=(), seed=0, state=None, report=lambda state: None,
+):
+    """Search by evolution on (fitness, energy); return {"scores": {arch: fitness}, "generation", "rng"}.
+
+    score_all(archs) -> their fitnesses, energy_mj(arch), fits(arch) -> whether it is inside the limits. The
+    first generation are the archs of `start` that fit and `first` random ones. The space offers sample,
+    mutate and crossover. `state` is None or what an interrupted search gave to report(state), which is called
+    after every generation. A child that cannot be drawn new and inside the limits in TRIES draws is left out,
+    so a small space or a tight budget ends the search instead of hanging it.
     """
     generator = torch.Generator().manual_seed(seed)
     state = state or {"scores": {}, "generation": -1}
@@ -113,17 +153,19 @@ def evolve(
     if "rng" in state:
         generator.set_state(torch.tensor(state["rng"], dtype=torch.uint8))
     for generation in range(state["generation"] + 1, generations + 1):
-        best = sorted(scores, key=lambda arch: (-scores[arch], arch))[:parents]  # ties by name: runs repeat
+        best = best_fronts(scores, energy_mj, parents)
 
         def pick():
             return best[int(torch.randint(len(best), (), generator=generator))]
 
+        children = {}  # a dict keeps the order of drawing
         makers = [lambda: space.sample(generator)] * (fresh if best else first)  # each draws one child
         if best:
             mutate = [lambda: space.mutate(pick(), generator)] * mutations
             cross = [lambda: space.crossover(pick(), pick(), generator)] * crossovers
             makers = mutate + cross + makers
-        children = {}  # a dict keeps the order of drawing
+        else:
+            children = dict.fromkeys(arch for arch in start if fits(arch))
         for make in makers:
             for _ in range(TRIES):
                 child = make()
@@ -157,15 +199,44 @@ def make_trainer(space, data, recipe, sharing, seed, device, amp, out):
 
     def trained(arch):
         epochs = recipe.epochs if arch else recipe.supernet_epochs or recipe.epochs
-        name = f"retrain-{space.file_name(arch)}.pt" if arch else "supernet.pt"
         model = make_model(space, arch, sharing, seed, recipe, data.state())
         settings = replace(recipe, epochs=epochs)
-        return train(model, data, settings, Path(out) / name, seed, device, amp, resume=True)
+        return train(model, data, settings, checkpoint(space, arch, out), seed, device, amp, resume=True)
 
     return trained
 
 
-def search_archs(space, data, supernet, fits, path, settings, seed, device, **evolution):
+def checkpoint(space, arch, out):
+    """Return the path of the network of an arch, or of the supernet of "", in the folder of a search."""
+    return Path(out) / (f"retrain-{space.file_name(arch)}.pt" if arch else "supernet.pt")
+
+
+def make_train_all(space, path, recipe, sharing, seed, device, amp, out):
+    """Return train_all(archs), which trains networks side by side where a CPU has several cores.
+
+    Small layers gain little from a second thread, so each thread becomes a process that trains one network at
+    a time. It leaves checkpoints: trained(arch) reads them. On a GPU and under torchrun it does nothing.
+    """
+    job = functools.partial(train_alone, space, path, recipe, sharing, seed, device, amp, out)
+
+    def train_all(archs):
+        missing = [arch for arch in archs if not checkpoint(space, arch, out).exists()]
+        workers = min(torch.get_num_threads(), len(missing))
+        if workers > 1 and processes() == 1 and device == "cpu":
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+                pool.map(job, missing, chunksize=1)
+
+    return train_all
+
+
+def train_alone(space, path, recipe, sharing, seed, device, amp, out, arch):
+    """Train the network of an arch in a process of its own."""
+    torch.set_num_threads(1)
+    data = load_data(space, path, recipe, cache=out)
+    make_trainer(space, data, recipe, sharing, seed, device, amp, out)(arch)
+
+
+def search_archs(space, data, supernet, energy_mj, fits, path, settings, seed, device, **evolution):
     """Return {arch: fitness} of an evolution with the supernet's weights; it resumes from the file `path`."""
     settings = settings | {"data": data.fingerprint()}  # what the file must have been made with
     state = read_state(path, space) if path.exists() else None
@@ -177,19 +248,21 @@ def search_archs(space, data, supernet, fits, path, settings, seed, device, **ev
 
     def report(state):
         write_text(json.dumps({**state, "settings": settings}), path)
-        if not state["scores"]:
+        scores = state["scores"]
+        if not scores:
             return
         generation = state["generation"]
-        (best,) = fittest(state["scores"], space, 1)
+        front = pareto_front(scores, energy_mj)
         rate = (time.monotonic() - started) / (generation - first)
         times = f"{rate:.1f} s a generation | {rate * (last - generation):.0f} s left"
-        progress = f"generation {generation}/{last} | {len(state['scores'])} scored"
-        print(f"{progress} | best {space.short(best)} {state['scores'][best]:.2f} | {times}", flush=True)
+        progress = f"generation {generation}/{last} | {len(scores)} scored, {len(front)} on the front"
+        print(f"{progress} | best {space.short(front[-1])} {scores[front[-1]]:.2f} | {times}", flush=True)
 
     def score_all(archs):
         return share_scores(lambda arch: data.fitness(supernet, arch, device), archs)
 
-    return evolve(space, score_all, fits, seed=seed, state=state, report=report, **evolution)["scores"]
+    state = evolve(space, score_all, energy_mj, fits, seed=seed, state=state, report=report, **evolution)
+    return state["scores"]
 
 
 def read_state(path, space):
@@ -207,35 +280,96 @@ def read_state(path, space):
     return state
 
 
-def fittest(scores, space, count):
-    """Return the fittest archs that look different, the best first."""
-    best = {}
-    for arch in sorted(scores, key=lambda arch: (-scores[arch], arch)):
-        best.setdefault(space.short(arch), arch)  # in translation the types: weights hardly tell sizes apart
-    return list(best.values())[:count]
+def finalists_of(scores, energy_mj, count):
+    """Return archs that are spread along the Pareto front, above the median of all that was scored."""
+    median = statistics.median(scores.values())
+    front = [arch for arch in pareto_front(scores, energy_mj) if scores[arch] >= median]
+    return spread(front, count)
 
 
-def choose(space, data, trained, scores, count, device):
-    """Retrain the fittest archs; return (arch, fitness, fitness retrained), the best retrained one first."""
-    finalists = []
-    for arch in fittest(scores, space, count):
-        retrained = data.validate(trained(arch), device)  # the same measure as fitness, trained weights
-        finalists.append((arch, scores[arch], retrained))
-        print(f"finalist {space.short(arch)}: fitness {scores[arch]:.2f}, retrained {retrained:.2f}")
-    return sorted(finalists, key=lambda row: (-row[2], -row[1], row[0]))
+def baselines_of(space, scores, fits):
+    """Return name -> arch: of each operator alone the fittest network that fits, if there is one."""
+    baselines = {}
+    for name, archs in space.pures().items():
+        inside = [arch for arch in archs if arch in scores and fits(arch)]
+        if inside:
+            baselines[name] = max(inside, key=lambda arch: (scores[arch], arch))
+    return baselines
 
 
-def networks_to_compare(space, winner, fits, seed):
-    """Return name -> arch of the table: the space's baselines, a random network that fits, and the winner."""
+def choose(space, data, trained, candidates, energy_mj, device):
+    """Retrain archs; return the winner and [(arch, validation figure, its standard error)].
+
+    The winner is the cheapest one within a standard error of the best: what the data cannot tell from the
+    best in accuracy is told apart by energy, and of many equals the luckiest is not taken for the best.
+    """
+    retrained = []
+    for arch in candidates:
+        figure, error = data.validate(trained(arch), device)  # the measure of fitness, trained weights
+        retrained.append((arch, figure, error))
+        figures = f"{energy_mj(arch):.4f} mJ, validation {figure:.2f} +- {error:.2f}"
+        print(f"finalist {space.short(arch)}: {figures}")
+    _, best, error = max(retrained, key=lambda row: row[1])
+    equals = [row for row in retrained if row[1] >= best - error]
+    winner = min(equals, key=lambda row: (energy_mj(row[0]), -row[1], row[0]))
+    return winner[0], retrained
+
+
+def draw_hybrids(space, winner, fits, energy_mj, seed, count=4):
+    """Return up to `count` random archs of several operators that fit, of the winner's energy within 10 %."""
     generator = torch.Generator().manual_seed(seed + 1)  # other archs than evolution drew
-    draws = (space.sample(generator) for _ in range(TRIES))
-    random = next((arch for arch in draws if arch != winner and fits(arch)), winner)
-    return space.baselines(winner) | {"random": random, "winner": winner}
+    known = {winner, *(arch for archs in space.pures().values() for arch in archs)}
+    hybrids = []
+    for _ in range(10 * TRIES):
+        arch = space.sample(generator)
+        near = abs(energy_mj(arch) / energy_mj(winner) - 1) <= 0.1
+        if near and arch not in known and fits(arch):
+            known.add(arch)
+            hybrids.append(arch)
+        if len(hybrids) == count:
+            break
+    return hybrids
+
+
+def verdict(rows):
+    """Return one sentence on a table whose last row is the winner: its differences, in standard errors.
+
+    A network dominates the winner if it needs no more energy and is better by more than a standard error of
+    the difference. Of the random hybrids the mean counts.
+    """
+    measure = measure_of(rows[0])
+    winner = rows[-1]
+    hybrids = [row for row in rows[:-1] if row["name"].startswith("random")]
+    others = [row for row in rows[:-1] if row not in hybrids]
+    if hybrids:
+        mean = {"name": f"the mean of {len(hybrids)} random hybrids"}
+        for key in (measure, "energy_mj"):
+            mean[key] = statistics.mean(row[key] for row in hybrids)
+        squares = [row["standard_error"] ** 2 for row in hybrids]
+        mean["standard_error"] = math.sqrt(sum(squares)) / len(hybrids)
+        others.append(mean)
+    parts = []
+    dominating = []
+    for row in others:
+        difference = winner[measure] - row[measure]
+        errors = difference / math.hypot(winner["standard_error"], row["standard_error"])
+        share = winner["energy_mj"] / row["energy_mj"]
+        part = f"{difference:+.2f} ({errors:+.1f} SE) against {row['name']} at {share:.0%} of its energy"
+        parts.append(part)
+        if errors < -1 and share >= 1:
+            dominating.append(row["name"])
+    head = f"dominated by {', '.join(dominating)}" if dominating else "dominated by none of these"
+    return f"the winner is {head}: {'; '.join(parts)}"
+
+
+def measure_of(row):
+    """Return the key of what a row of the table measures."""
+    return "bleu" if "bleu" in row else "test_accuracy"
 
 
 def print_table(rows, space):
     """Print one line a retrained network."""
-    measures = [name for name in ("test_accuracy", "bleu") if name in rows[0]]
+    measures = [name for name in ("test_accuracy", "bleu", "standard_error") if name in rows[0]]
     width = max(len(space.short(row["arch"])) for row in rows) + 2
     titles = "".join(f"{name:>15}" for name in measures)
     titles += f"{'energy mJ':>11}{'share':>7}{'latency ms':>11}{'params':>10}"
@@ -248,7 +382,7 @@ def print_table(rows, space):
         print(f"{row['name']:15}{space.short(row['arch']):{width}}{figures}{operations}")
 
 
-def run_search(space, data, trained, settings, device, out, table):
+def run_search(space, data, trained, train_all, settings, energy_mj, costs, device, out):
     """Train the supernet, search, retrain finalists and baselines, and write search.json and winner.json."""
     seconds = {}  # of each phase
     started = time.monotonic()
@@ -257,33 +391,42 @@ def run_search(space, data, trained, settings, device, out, table):
         seconds[phase] = time.monotonic() - started - sum(seconds.values())
 
     seed = settings["seed"]
-    fits = make_fits(space, settings["budget"], settings["limits"], table)
+    fits = make_fits(space, settings["budget"], settings["limits"], energy_mj, costs)
     supernet = trained("")
     lap("supernet")
+    pures = [arch for archs in space.pures().values() for arch in archs]
     path = out / "search-state.json"
-    evolution = settings["evolution"]
-    scores = search_archs(space, data, supernet, fits, path, settings, seed, device, **evolution)
+    scores = search_archs(
+        space, data, supernet, energy_mj, fits, path, settings, seed, device, start=pures,
+        **settings["evolution"],
+    )
     if not scores:
         raise ValueError(f"no arch of space {space.name} was found inside the limits in {TRIES} draws each")
     lap("search")
-    chosen = choose(space, data, trained, scores, settings["finalists"], device)
-    winner = chosen[0][0]
+    baselines = baselines_of(space, scores, fits)
+    finalists = finalists_of(scores, energy_mj, settings["finalists"])
+    candidates = dict.fromkeys([*finalists, *baselines.values()])
+    train_all(candidates)
+    winner, chosen = choose(space, data, trained, candidates, energy_mj, device)
     lap("finalists")
+    hybrids = draw_hybrids(space, winner, fits, energy_mj, seed)
+    networks = {"reference": space.reference(winner)} | baselines
+    networks |= {f"random {number}": arch for number, arch in enumerate(hybrids, 1)} | {"winner": winner}
+    train_all(dict.fromkeys(networks.values()))
     rows = []
-    for name, arch in networks_to_compare(space, winner, fits, seed).items():  # retrained as the winner is
-        figures = data.test(trained(arch), device)
-        rows.append({"name": name, "arch": arch, **figures, **arch_costs(space, arch, table=table)})
+    for name, arch in networks.items():  # retrained as the winner is
+        rows.append({"name": name, "arch": arch, **data.test(trained(arch), device), **costs(arch)})
     lap("baselines")
-    limits = limits_for(space, winner, settings["budget"], settings["limits"])
-    result = {"winner": winner, "budget": limits, "finalists": chosen}
+    limits = limits_for(space, winner, settings["budget"], settings["limits"], energy_mj)
+    result = {"winner": winner, "budget": limits, "finalists": chosen, "verdict": verdict(rows)}
     result |= {"table": rows, "scores": scores, "seed": seed, "settings": settings}
     result |= data.samples(trained(winner), trained(rows[0]["arch"]), device)
     write_text(json.dumps(result, indent=1), out / "search.json")
     write_text(json.dumps({"space": space.name, "arch": winner}), out / "winner.json")
     print_table(rows, space)
     print(f"winner: {out / 'winner.json'}, trained: {out / f'retrain-{space.file_name(winner)}.pt'}")
-    phases = " | ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
-    print(f"seconds since this start: {phases} | {data.error_line(rows[-1])}")
+    print("seconds since this start: " + " | ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+    print(result["verdict"])
 
 
 # --------------------------------------------------------------------------------------- command line
@@ -298,6 +441,9 @@ def main(argv=None):
     add_flags(parser, "budget", "finalists")
     flag = parser.add_argument
     flag("--limit", action="append", default=[], metavar="KEY=VALUE", help=f"bound {' or '.join(LIMITS)}")
+    flag("--accounting", default="official", help="rules of energy and latency: official or uniform")
+    flag("--bits", type=int, default=32, help="of a word in energy and latency: 32 or 8")
+    flag("--pe-limit", type=int, default=EYERISS.pe_limit, help="cells of the accelerator's array")
     flag("--generations", type=int, default=5, help="generations after the first")
     flag("--quick", action="store_true", help="a short run, only to see that all works")
     args = parser.parse_args(argv)
@@ -317,12 +463,16 @@ def main(argv=None):
             raise ValueError("--limit measured_ms is for images and one process; give latency_ms, simulated")
         Path(out).mkdir(parents=True, exist_ok=True)
         table = measured_table(space, Path(out) / "measured.json")
-    require_some_arch(space, recipe.budget, limits, table)
+    hardware = replace(EYERISS, pe_limit=args.pe_limit)
+    energy_mj, costs = make_costs(space, args.bits, args.accounting, hardware, table)
+    require_some_arch(space, recipe.budget, limits, energy_mj, costs)
     data = load_data(space, args.data, recipe, cache=out)
     trained = make_trainer(space, data, recipe, args.sharing, args.seed, device, args.amp, out)
     settings = asdict(recipe) | {"space": space.name, "sharing": args.sharing, "seed": args.seed}
-    settings |= {"limits": limits, "evolution": evolution}
-    run_search(space, data, trained, settings, device, Path(out), table)
+    settings |= {"limits": limits, "evolution": evolution, "accounting": args.accounting}
+    settings |= {"word_bits": args.bits, "pe_limit": args.pe_limit}
+    train_all = make_train_all(space, args.data, recipe, args.sharing, args.seed, device, args.amp, out)
+    run_search(space, data, trained, train_all, settings, energy_mj, costs, device, Path(out))
 
 
 if __name__ == "__main__":

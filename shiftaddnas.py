@@ -1167,9 +1167,10 @@ class SearchSpace:
         """Return the arch whose energy a budget is a share of: all-conv of the same depths."""
         return self.pure("c", arch)
 
-    def baselines(self, arch):
-        """Return name -> arch of the networks that a search is compared with; the reference comes first."""
-        return {f"all-{OPS[letter]}": self.pure(letter, arch) for letter in "csa"}
+    def pures(self):
+        """Return name -> the archs of one operator alone, one a depth pattern (stage 1 has no attention)."""
+        patterns = ["/".join("c" * depth for depth in depths) for depths in self.depths]
+        return {f"all-{OPS[letter]}": [self.pure(letter, arch) for arch in patterns] for letter in "csa"}
 
     def cheapest(self):
         """Return archs that include the cheapest of the space: one op everywhere, each depth pattern."""
@@ -1222,6 +1223,7 @@ SPACES = {
         depths=tuple(tuple(int(depth) for depth in pattern) for pattern in DEPTHS.split()),
     ),
 }
+SPACES["small"] = replace(SPACES["fashion"], name="small", depths=((2, 2, 2),))  # 2,304 archs: results/table
 SPACES["cifar10"] = replace(SPACES["fashion"], name="cifar10", image=32, in_channels=3)
 SPACES["cifar100"] = replace(SPACES["cifar10"], name="cifar100", classes=100)
 SPACES["bossnet_t0"] = replace(
@@ -1555,20 +1557,25 @@ class TokenSpace:
 
     def pure(self, kind, arch=None, pick=max):
         """Return the largest (or pick=min: smallest) arch with one type in the encoder, T in the decoder."""
-        width = pick(self.widths)
+        sizes = [pick(values) for values in (self.widths, self.encoder_ffn, self.decoder_ffn)]
+        return self.equal_layers(kind, *sizes, pick(self.decoder_layers))
+
+    def equal_layers(self, kind, width, encoder_ffn, decoder_ffn, depth):
+        """Return the arch of equal layers: one type in the encoder, attention in the decoder."""
         heads = self.heads[len(self.heads) // 2]  # they cost nothing, so a middle number
-        encoder = [f"{kind}-{pick(self.encoder_ffn)}-{heads}"] * self.encoder_layers
-        decoder = [f"T-{pick(self.decoder_ffn)}-{heads}-{heads}-1"] * pick(self.decoder_layers)
+        encoder = [f"{kind}-{encoder_ffn}-{heads}"] * self.encoder_layers
+        decoder = [f"T-{decoder_ffn}-{heads}-{heads}-1"] * depth
         return f"{width}: {' '.join(encoder)} / {width}: {' '.join(decoder)}"
 
     def reference(self, arch):
         """Return the arch whose energy a budget is a share of: the largest with attention alone."""
         return self.pure("T")
 
-    def baselines(self, arch):
-        """Return name -> arch of the networks that a search is compared with; the reference comes first."""
+    def pures(self):
+        """Return name -> the archs with one type in the encoder, of every width, hidden layers and depth."""
+        sizes = [*itertools.product(self.widths, self.encoder_ffn, self.decoder_ffn, self.decoder_layers)]
         names = {"all-attention": "T", "all-conv": "C", "all-add": "A", "all-shift": "S"}
-        return {name: self.pure(kind) for name, kind in names.items()}
+        return {name: [self.equal_layers(kind, *row) for row in sizes] for name, kind in names.items()}
 
     def cheapest(self):
         """Return archs that include the cheapest of the space: one type everywhere, smallest sizes."""

@@ -44,11 +44,11 @@ from shiftaddnas import SHARING, UNK, Supernet, TokenSpace, Translator, build, f
 class Recipe:
     """The settings of a training run. The defaults are the recipe of the `fashion` space."""
 
-    epochs: int = 7  # passes over the training data
+    epochs: int = 5  # passes over the training data
     supernet_epochs: int = 0  # the same for the supernet of search.py; 0: epochs
     batch: int = 100  # images or sentences of a forward pass
     accumulate: int = 1  # forward passes a step, all with one draw of archs, shared by the processes
-    lr: float = 4e-3  # peak learning rate of AdamW
+    lr: float = 1e-2  # peak learning rate of AdamW
     schedule: str = "cosine"  # of the learning rate after warm-up, or inverse-sqrt
     final_lr: float = 0.0  # learning rate at the end of the cosine
     warmup: int = 0  # steps of linear warm-up; 0: an epoch
@@ -512,7 +512,7 @@ def add_flags(parser, *keys):
     flag("--data", default="", metavar="PATH", help="another data set than the embedded one")
     flag("--recipe", choices=RECIPES, metavar="ROW", help="row of RECIPES in train.py; default: the space's")
     flag("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
-    for key in ("epochs", "batch", "accumulate", "lr", "kl_weight", "bits", "image", "classes", *keys):
+    for key in ("epochs", "batch", "accumulate", "lr", "kl_weight", "image", "classes", *keys):
         name = f"--{key.replace('_', '-')}"
         short = f"{key}={{}}".format  # 3 -> epochs=3
         flag(name, action="append", dest="set", type=short, metavar="N", help=f"short for --set {key}=N")
@@ -603,7 +603,7 @@ def evaluate(args):
     data = load_data(network.space, args.data, recipe, state["data"])
     figures = data.test(network, args.device)
     report = " | ".join(f"{name} {value:.2f}" for name, value in figures.items())
-    print(f"{network.space.short(network.arch)} | {report} | {data.error_line(figures)}")
+    print(f"{network.space.short(network.arch)} | {report} | {data.extent()}")
 
 
 def predict(args):
@@ -637,7 +637,7 @@ def main(argv=None):
         description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_flags(parser)
+    add_flags(parser, "bits")
     flag = parser.add_argument
     flag("--arch", default="", help="train this network, not the supernet: an arch or a .json file with one")
     flag("--init", metavar="FILE", help="with --arch: start from this checkpoint of a supernet or network")

@@ -43,6 +43,7 @@ BATCHES = (  # split, its CIFAR batches, the key of their labels
     ("test", ["test"], "fine_labels"),
 )
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+FITNESS_IMAGES = 2000  # a search scores many archs; what it retrains is judged by all validation images
 FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 
 
@@ -137,25 +138,27 @@ class Images(NamedTuple):
     def fitness(self, supernet, arch, device="cpu"):
         """Return the validation accuracy in percent of an arch with the weights of the supernet."""
         network = recalibrate(supernet.extract(arch), self, device=device)
-        return self.validate(network, device)
+        some = self.val_set._replace(index=self.val_set.index[:FITNESS_IMAGES])
+        return accuracy(network, self, some, device)
 
     def validate(self, network, device="cpu"):
-        """Return the accuracy in percent on the validation images."""
-        return accuracy(network, self, self.val_set, device)
+        """Return (accuracy, its standard error), both in percent, on the validation images."""
+        percent = accuracy(network, self, self.val_set, device)
+        return percent, standard_error(percent, len(self.val_set.index))
 
     def test(self, network, device="cpu"):
-        """Return {"test_accuracy": percent}."""
-        return {"test_accuracy": accuracy(network, self, self.test_set, device)}
+        """Return {"test_accuracy", "standard_error"} in percent."""
+        percent = accuracy(network, self, self.test_set, device)
+        error = standard_error(percent, len(self.test_set.index))
+        return {"test_accuracy": percent, "standard_error": error}
 
     def samples(self, network, reference, device="cpu"):
         """Return the extra entries of a search's result: images have none."""
         return {}
 
-    def error_line(self, figures):
-        """Return the last words of a report on {"test_accuracy": percent}: how exact that figure is."""
-        count = len(self.test_set.index)
-        error = standard_error(figures["test_accuracy"], count)
-        return f"{count} test images, one seed: standard error {error:.1f} points"
+    def extent(self):
+        """Return the last words of a report: on how much the figures rest."""
+        return f"{len(self.test_set.index)} test images, one seed"
 
     def state(self):
         """Return what a checkpoint keeps, so that other images can be prepared alike."""
@@ -255,7 +258,7 @@ def load_images(path, space, augment=Augment(), state=None, cache=None):
         file = Path(__file__).parent / "fashion_mnist.npz"
         arrays = np.load(file)
         splits = {}
-        for split in ("train", "test"):
+        for split in ("train", "val", "test"):
             splits[split] = checked(file, arrays[f"{split}_images"], file, arrays[f"{split}_labels"], space)
         class_names = class_names or FASHION
     class_names = [*class_names, *map(str, range(len(class_names), space.classes))]

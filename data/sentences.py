@@ -259,13 +259,18 @@ class Sentences(NamedTuple):
         return -token_loss(supernet, self.val_pairs, arch, device)[0]
 
     def validate(self, network, device="cpu"):
-        """Return the same measure of one trained network."""
-        return self.fitness(network, None, device)
+        """Return the same measure of one trained network, and its standard error."""
+        loss, _, error = token_loss(network, self.val_pairs, None, device)
+        return -loss, error
 
     def test(self, network, device="cpu"):
-        """Return {"test_accuracy": test tokens predicted right in %, "bleu": of the test translations}."""
+        """Return the figures of the test pairs: tokens predicted right in %, BLEU and its standard error."""
         accuracy = token_loss(network, self.test_pairs, device=device)[1]
-        return {"test_accuracy": accuracy, "bleu": self.bleu(network, self.test_pairs, device)}
+        references = [pair[1] for pair in self.test_pairs]
+        translations = self.translate(network, self.test_pairs, device)
+        score = bleu(translations, references, self.tokenise)
+        error = bleu_error(translations, references, self.tokenise)
+        return {"test_accuracy": accuracy, "bleu": score, "standard_error": error}
 
     def samples(self, network, reference, device="cpu", count=3):
         """Print and return translations of the first test sentences and the BLEU of shuffled sources.
@@ -277,7 +282,8 @@ class Sentences(NamedTuple):
         for pair, translation in zip(chosen, self.translate(network, chosen, device)):
             print(f"\nsource     {pair[0]}\nreference  {pair[1]}\nwinner     {translation}")
             rows.append([pair[0], pair[1], translation])
-        shuffled_bleu = self.bleu(reference, self.test_pairs[1:] + self.test_pairs[:1], device)
+        shuffled = self.translate(reference, self.test_pairs[1:] + self.test_pairs[:1], device)
+        shuffled_bleu = bleu(shuffled, [pair[1] for pair in self.test_pairs], self.tokenise)
         print(f"\nall-attention with the sources of other sentences: BLEU {shuffled_bleu:.2f}")
         return {"translations": rows, "shuffled_bleu": shuffled_bleu}
 
@@ -286,12 +292,7 @@ class Sentences(NamedTuple):
         settings = (self.max_length, self.beam, self.length_penalty, device)
         return translate(network, self.vocabulary, [pair[0] for pair in pairs], *settings)
 
-    def bleu(self, network, pairs, device):
-        """Return the BLEU of translations of the sources of pairs, held against the test references."""
-        references = [pair[1] for pair in self.test_pairs]
-        return bleu(self.translate(network, pairs, device), references, self.tokenise)
-
-    def error_line(self, figures):
+    def extent(self):
         """Return the last words of a report: on how much the figures rest."""
         return f"{len(self.test_pairs)} test sentences, one seed"
 
@@ -327,25 +328,29 @@ def pad_pairs(pairs, device="cpu"):
 
 @torch.no_grad()
 def token_loss(model, pairs, arch=None, device="cpu", batch=200):
-    """Return (cross-entropy in nats a target token, tokens predicted right in %) on pairs.
+    """Return (cross-entropy in nats a target token, tokens right in %, standard error of the first).
 
-    The true words before each token are given to the model. ValueError for a loss that is not finite.
+    The true words before each token are given to the model. The standard error is over the sentences, for
+    the tokens of one are not independent. ValueError for a loss that is not finite.
     """
     model.eval()
     pairs = sorted(pairs, key=lambda pair: len(pair[3]))  # like lengths together: little padding
-    loss = 0.0  # summed over tokens, as the next two are
+    losses = []  # of each sentence, summed over its tokens
+    counts = []
     right = 0
-    count = 0
     for start in range(0, len(pairs), batch):
         source, target, y = pad_pairs(pairs[start : start + batch], device)
-        logits = model(source, target, arch).flatten(0, 1)  # (B T, V)
-        y = y.flatten()  # (B T,)
-        loss += F.cross_entropy(logits, y, ignore_index=PAD, reduction="sum").item()
+        logits = model(source, target, arch).mT  # (B, V, T)
+        losses.append(F.cross_entropy(logits, y, ignore_index=PAD, reduction="none").sum(1))  # (B,)
+        counts.append((y != PAD).sum(1))
         right += ((logits.argmax(1) == y) & (y != PAD)).sum().item()
-        count += (y != PAD).sum().item()
+    losses = torch.cat(losses).double()
+    counts = torch.cat(counts).double()
+    loss = (losses.sum() / counts.sum()).item()
     if not 0 <= loss < math.inf:
         raise ValueError(f"arch {arch or model.arch}: the loss is {loss}, must be finite and at least 0")
-    return loss / count, 100 * right / count
+    error = (losses - loss * counts).norm() / counts.sum()  # of a ratio of two sums
+    return loss, 100 * right / counts.sum().item(), error.item()
 
 
 # --------------------------------------------------------------------------------- translations and BLEU
@@ -463,6 +468,17 @@ def bleu(hypotheses, references, tokenise="13a"):
     words = sum(len(ours) for ours, _ in pairs)
     reference_words = sum(len(theirs) for _, theirs in pairs)
     return 100 * min(1.0, math.exp(1 - reference_words / words)) * math.exp(sum(logs) / 4)
+
+
+def bleu_error(hypotheses, references, tokenise="13a", parts=20):
+    """Return the standard error of bleu() over sentences: a jackknife that leaves out one of 20 parts."""
+    parts = min(parts, len(hypotheses))
+    scores = []
+    for part in range(parts):
+        kept = [row for row in range(len(hypotheses)) if row % parts != part]
+        scores.append(bleu([hypotheses[row] for row in kept], [references[row] for row in kept], tokenise))
+    mean = sum(scores) / parts
+    return math.sqrt((parts - 1) / parts * sum((score - mean) ** 2 for score in scores))
 
 
 def count_ngrams(words, n):

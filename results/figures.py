@@ -13,7 +13,8 @@ from pathlib import Path
 import train
 from cost_model import ACCOUNTINGS, EYERISS, LEVELS, PRIMITIVES, network_cost, network_layers
 from results.energy import PUBLISHED
-from results.search import measure_of
+from results.search import TITLES
+from search import measure_of, pareto_front
 from shiftaddnas import find_space
 
 HERE = Path(__file__).parent
@@ -22,7 +23,7 @@ BLACK, BLUE, SKY, YELLOW, RED, ORANGE = "#000000", "#0072B2", "#56B4E9", "#F0E44
 LETTERS = {"t": (BLACK, "w", ""), "c": (BLUE, "w", ""), "s": (SKY, "k", "//"), "a": (YELLOW, "k", "..")}
 NETWORKS = {
     "winner": (RED, "*"), "random": ("w", "o"), "all-attention": (BLACK, "X"), "all-conv": (BLUE, "s"),
-    "all-shift": (SKY, "D"), "all-add": (YELLOW, "^"),
+    "all-shift": (SKY, "D"), "all-add": (YELLOW, "^"), "reference": ("0.7", "P"),
 }
 LEVEL_LOOKS = zip(LEVELS, (YELLOW, BLUE, "#FFFFFF", SKY, ORANGE), ("", "", "//", "", ".."))
 
@@ -55,42 +56,48 @@ def strip(arch):
     return f"encoder / decoder  {stages}" if ":" in arch else f"stem  {stages}  head"
 
 
-def pareto_front(points):
-    """Return the points (energy_mj, measure) that no other betters, by rising energy."""
-    front = []
-    for energy_mj, measure in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or measure > front[-1][1]:
-            front.append((energy_mj, measure))
-    return front
-
-
 def plot_pareto(runs, path):
-    """Draw energy against accuracy or BLEU: scored networks with inherited weights, and retrained ones."""
+    """Draw energy against accuracy or BLEU of retrained networks, official and like for like, with fronts.
+
+    A third panel has all networks that were scored with inherited weights.
+    """
     space = find_space(runs[0]["settings"]["space"])
     rows = [row for run in runs for row in run["table"]]
-    measure, title = measure_of(rows)
-    scored = []
+    measure = measure_of(rows[0])
+    scored = {}  # an arch of two searches counts once, with its better score
     for run in runs:
         for arch, fitness in run["scores"].items():
-            scored.append((network_cost(network_layers(space, arch)).energy_mj, fitness))
-    retrained = [(row["energy_mj"], row[measure]) for row in rows]
+            scored[arch] = max(fitness, scored.get(arch, fitness))
+    retrained = {}
+    for row in rows:
+        retrained.setdefault(row["arch"], []).append(row[measure])
+    retrained = {arch: sum(values) / len(values) for arch, values in retrained.items()}
     loss = "minus loss, nats a token" if measure == "bleu" else "accuracy %"
-    panels = {
-        "scored, inherited weights, validation data": (scored, loss),
-        "retrained, test data": (retrained, title),
-    }
-    figure = new_figure(9, 3.8)
-    for axes, (name, (points, label)) in zip(figure.subplots(1, 2), panels.items()):
-        axes.step(*zip(*pareto_front(points)), where="post", color="0.4", linewidth=1, zorder=0)
-        axes.scatter(*zip(*points), s=12, c="0.6")
-        axes.set(title=name, xlabel="energy, mJ, official accounting", ylabel=label)
-    for name in dict.fromkeys(row["name"] for row in rows):
-        points = [(row["energy_mj"], row[measure]) for row in rows if row["name"] == name]
-        fill, marker = NETWORKS[name]
-        size = 150 if marker == "*" else 60
-        axes.scatter(*zip(*points), s=size, c=fill, marker=marker, edgecolors="k", label=name)
+    panels = [("official", "inherited weights, validation data", scored, loss)]
+    panels += [(accounting, "retrained, test data", retrained, TITLES[measure]) for accounting in ACCOUNTINGS]
+    figure = new_figure(12, 3.8)
+    for axes, (accounting, title, points, label) in zip(figure.subplots(1, 3), panels):
+        costs = {arch: network_cost(network_layers(space, arch), 32, accounting) for arch in points}
+        energy = {arch: cost.energy_mj for arch, cost in costs.items()}
+        front = pareto_front(points, energy.get)
+        steps = [energy[arch] for arch in front], [points[arch] for arch in front]
+        axes.step(*steps, where="post", color="0.4", linewidth=1, zorder=0)
+        axes.scatter(energy.values(), points.values(), s=12, c="0.6")
+        axes.set(title=title, xlabel=f"energy, mJ, {accounting}", ylabel=label)
+        if points is retrained:
+            for name in dict.fromkeys(family(row["name"]) for row in rows):
+                archs = dict.fromkeys(row["arch"] for row in rows if family(row["name"]) == name)
+                fill, marker = NETWORKS[name]
+                place = [energy[arch] for arch in archs], [points[arch] for arch in archs]
+                size = 150 if marker == "*" else 60
+                axes.scatter(*place, s=size, c=fill, marker=marker, edgecolors="k", label=name)
     axes.legend(fontsize=8)
     write_figure(figure, path)
+
+
+def family(name):
+    """Return the name of a row of the table without its number: random 3 -> random."""
+    return name.rstrip(" 0123456789")
 
 
 def boxes(arch):
@@ -108,9 +115,9 @@ def boxes(arch):
 def plot_archs(runs, path):
     """Draw every retrained network as a strip of letters, with its mean accuracy or BLEU and its energy."""
     rows = [row for run in runs for row in run["table"]]
-    measure, title = measure_of(rows)
+    measure = measure_of(rows[0])
     networks = {}  # arch -> its rows, the winners first
-    for row in sorted(rows, key=lambda row: [*NETWORKS].index(row["name"])):
+    for row in sorted(rows, key=lambda row: [*NETWORKS].index(family(row["name"]))):
         networks.setdefault(row["arch"], []).append(row)
     strips = {arch: boxes(arch) for arch in networks}
     end = max(x + width for strip in strips.values() for x, width, _ in strip)
@@ -126,10 +133,10 @@ def plot_archs(runs, path):
             )
         mean = sum(row[measure] for row in same) / len(same)
         axes.text(end + 0.3, y, f"{mean:.1f}   {same[0]['energy_mj']:.3f} mJ", va="center")
-    axes.set_yticks(range(len(networks)), [same[0]["name"] for same in networks.values()])
+    axes.set_yticks(range(len(networks)), [family(same[0]["name"]) for same in networks.values()])
     axes.tick_params(length=0)
     axes.set(xlim=(-0.1, end + 3.5), ylim=(len(networks) - 0.5, -0.5), xticks=[], frame_on=False)
-    axes.set_title(f"c conv, s shift, a add, t attention; {title}, energy", fontsize=10, loc="left")
+    axes.set_title(f"c conv, s shift, a add, t attention; {TITLES[measure]}, energy", fontsize=10, loc="left")
     write_figure(figure, path)
 
 

@@ -1,19 +1,23 @@
-"""Compare ways of sharing weights: does a supernet rank archs as training alone does?
+"""Compare ways of sharing weights: does a supernet rank networks as training alone does?
 
-    python -m results.sharing --out out/sharing     rewrites results/sharing.json, the tables of
-                                                    results/sharing.md, and sharing.png with matplotlib
+    python -m results.sharing --train     fills results/sharing.json: supernets of the `small` space, one a
+                                          core at a time (an hour; the same command resumes it)
+    python -m results.sharing             rewrites the table of results/sharing.md, in seconds
 
-For each way of sharing and each seed a supernet of the `fashion` space is trained with one recipe. 30 archs
-are tested with its weights after recalibration, and their order is compared with that of 24 of them trained
-alone. The network that the first supernet of a mode finds is retrained. Accuracies are of the test images.
-Everything measured is kept in <out>/study.json: a study that was interrupted goes on after its last item.
-The whole takes about two hours on one core; results/sharing.json holds what was measured last, and
---reuse starts from it, so that only what is missing there is measured.
+For each way of sharing and each seed a supernet is trained with the recipe of search.py. All 2,304 networks
+are scored with its weights on validation images, and their order is compared with that of results/table.json,
+where each was trained alone. `--weights out/supernet.pt` draws sharing.png of a trained supernet instead: the
+largest shared weight as each op reads it.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
+import multiprocessing
+import os
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -23,19 +27,16 @@ import torch
 from torch import nn
 
 import train
-from data.images import accuracy, load_images, recalibrate
+from data.images import FITNESS_IMAGES
 from results.operators import median_ms
-from search import fittest, make_fits, search_archs
-from shiftaddnas import BINS, REACH, SPACES, SharedWeight, ShiftConv2d, Supernet, build, power_of_two
+from results.table import SPACE, embedded, kendall_tau, known_part, markdown, read_table
+from shiftaddnas import BINS, OPS, REACH, SPACES, SharedWeight, ShiftConv2d, Supernet, power_of_two
 from shiftaddnas import scale_gradient
 
-HERE = Path(__file__).parent
-SEEDS = 3  # supernets of a mode
-ALONE_SEEDS = 2
-ALONE_EPOCHS = 3
-ALONE_ARCHS = 24
-INHERIT_ARCHS = 30
+STUDY = Path(__file__).with_suffix(".json")
+SEEDS = 3  # supernets of a form
 TIMED_STEPS = 20
+TOP = 0.05  # share of the networks that a search is after
 MARK = "<!-- the lines between these marks are written by python -m results.sharing -->\n"
 
 
@@ -108,22 +109,24 @@ def official_kl(weight, generator=None):
 
 
 # name -> sharing of the supernet, settings of the recipe; the published divergence has weight 10
-MODES = {
+FORMS = {
     "none": ("none", {}),
     "naive": ("naive", {}),
-    "official": (OfficialWeight, {"kl_weight": 10.0}),
     "heterogeneous": ("heterogeneous", {}),
-}
-ABLATION = {  # what is changed of heterogeneous
     "frozen slopes": (FrozenWeight, {}),
     "no divergence": ("heterogeneous", {"kl_weight": 0.0}),
+    "official": (OfficialWeight, {"kl_weight": 10.0}),
     "single path": ("heterogeneous", {"sampling": "single"}),
     "eta 0.2": (ScaledWeight, {}),
-    "gain 1.41": (partial(SharedWeight, gain=2**0.5), {}),
-    "divergence x 10": ("heterogeneous", {"kl_weight": 0.1}),
-    "official, single path": (OfficialWeight, {"kl_weight": 10.0, "sampling": "single"}),
 }
-FORMS = MODES | ABLATION
+QUESTIONS = (  # which form is better than which?
+    ("does sharing cost", "naive", "none"),
+    ("does T pay", "heterogeneous", "naive"),
+    ("does learning T pay", "heterogeneous", "frozen slopes"),
+    ("does the divergence pay", "heterogeneous", "no divergence"),
+    ("does fair sampling pay", "heterogeneous", "single path"),
+    ("does our form pay", "heterogeneous", "official"),
+)
 
 
 def make_supernet(space, name, seed=0):
@@ -140,34 +143,86 @@ def recipe_of(name, **changes):
 # --------------------------------------------------------------------------- what is measured
 
 
-def train_alone(space, data, folder, arch, seed):
-    """Return the test accuracy of an arch trained alone for ALONE_EPOCHS."""
-    recipe = train.make_recipe("fashion", {"epochs": ALONE_EPOCHS})
-    network = train.train(build(space, arch, seed), data, recipe, folder / "alone.pt", seed)
-    return accuracy(network, data, data.test_set)
+@torch.no_grad()
+def inherited(supernet, data):
+    """Return the validation accuracy of every arch with a supernet's weights, in the order of space.arch().
+
+    It is what data.fitness gives, but archs that begin alike share the work: a walk over the tree of their
+    letters. The statistics of batch norm depend only on what stands before, so they are set block by block.
+    """
+    x, _ = data.view(data.train_set, np.arange(500))  # as recalibrate() takes
+    x_val, y = data.view(data.val_set, np.arange(FITNESS_IMAGES))
+    accuracies = {}
+    walk = SPACE.walk(SPACE.arch(0))
+
+    def visit(prefix, x, x_val):
+        if len(prefix) == len(walk):
+            right = (supernet.head(x_val).argmax(1) == y).float().mean().item()
+            accuracies[prefix] = 100 * right
+            return
+        stage, _, entrance = walk[len(prefix)]
+        for letter in SPACE.ops[stage]:
+            block = supernet.blocks[f"{len(prefix)}-{stage}-{letter}"]
+            visit(prefix + letter, *through(block, x, x_val, entrance))
+
+    supernet.eval()
+    visit("", *through(supernet.stem, x, x_val))
+    return [accuracies[SPACE.arch(index).replace("/", "")] for index in range(SPACE.size())]
 
 
-def study_supernet(space, data, folder, name, seed, archs):
-    """Return what one supernet gives: accuracies with its weights; a mode's first one also what it finds."""
-    file = folder / f"{name.replace(' ', '-')}-{seed}.pt"
-    supernet = make_supernet(space, name, seed)
+def through(block, x, x_val, *entrance):
+    """Return what a block makes of training images, with their statistics, and then of others."""
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # plain average over the batches
+    x = block.train()(x, *entrance)
+    return x, block.eval()(x_val, *entrance)
+
+
+def study_one(job):
+    """Train one supernet on one core; return the job, (form, seed), and accuracies, None if it diverged."""
+    name, seed = job
+    torch.set_num_threads(1)
+    data = embedded()
+    supernet = make_supernet(SPACE, name, seed)
     supernet.sharing = name  # a checkpoint keeps plain values
-    try:
-        supernet = train.train(supernet, data, recipe_of(name), file, seed)
-    except ValueError as error:  # the loss is not finite any more: a finding of the study, not its end
-        return {"diverged": str(error)}
-    inherited = {}
-    for arch in archs:
-        network = recalibrate(supernet.extract(arch), data)
-        inherited[arch] = accuracy(network, data, data.test_set)
-    if name in ABLATION or seed:
-        return {"inherited": inherited}
-    fits = make_fits(space, 0.5, {})
-    state = folder / f"{name}-{seed}-search.json"
-    scores = search_archs(space, data, supernet, fits, state, {"study": name}, seed, "cpu", generations=2)
-    (found,) = fittest(scores, space, 1)
-    network = train.train(build(space, found, seed), data, recipe_of(name), folder / "found.pt", seed)
-    return {"inherited": inherited, "found": found, "found_accuracy": accuracy(network, data, data.test_set)}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            supernet = train.train(supernet, data, recipe_of(name), Path(folder) / "supernet.pt", seed)
+        except ValueError:  # the loss is not finite any more: a finding of the study, not its end
+            return job, None
+    return job, [round(100 * percent) for percent in inherited(supernet, data)]
+
+
+def fill(processes):
+    """Train what is missing in the study, which is written whole after each supernet."""
+    study = read_study()
+    jobs = [(name, seed) for seed in range(SEEDS) for name in FORMS]
+    missing = [(name, seed) for name, seed in jobs if f"{name} {seed}" not in study["inherited"]]
+    started = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for number, ((name, seed), accuracies) in enumerate(pool.imap_unordered(study_one, missing), 1):
+            study["inherited"][f"{name} {seed}"] = accuracies
+            train.write_text(json.dumps(study), STUDY)
+            minutes = (time.monotonic() - started) / number * (len(missing) - number) / 60
+            done = f"{len(study['inherited'])}/{len(jobs)}"
+            print(f"{done} | {name} {seed} | {minutes:.0f} min left", flush=True)
+    if "ms" not in study:
+        study["ms"] = time_steps(SPACE, embedded())
+        train.write_text(json.dumps(study), STUDY)
+
+
+def read_study():
+    """Return results/sharing.json, or an empty study; ValueError if it is of other data or another recipe."""
+    made_with = {"recipe": vars(train.RECIPES["fashion"]), "data": embedded().fingerprint()}
+    if not STUDY.exists():
+        return made_with | {"space": SPACE.name, "inherited": {}}
+    study = json.loads(STUDY.read_text(encoding="utf-8"))
+    for name, value in made_with.items():
+        if study[name] != value:
+            raise ValueError(f"{STUDY} was made with another {name}; remove it")
+    return study
 
 
 def time_steps(space, data):
@@ -194,7 +249,8 @@ def time_steps(space, data):
             times.append(1e3 * (time.perf_counter() - started))
     shared = largest_transformed(rows["heterogeneous"][1])
     gather, masked = median_ms([lambda: shared.weight_for("add"), lambda: masked_transform(shared)], "cpu")
-    return {name: times[2:] for name, (*_, times) in rows.items()} | {"gather": gather, "masked": masked}
+    ms = {name: [round(time_ms, 2) for time_ms in times[2:]] for name, (*_, times) in rows.items()}
+    return ms | {"gather": gather, "masked": masked}
 
 
 def largest_transformed(supernet):
@@ -213,55 +269,7 @@ def masked_transform(shared):
     return total
 
 
-def study_archs():
-    """Return the archs of the study."""
-    generator = torch.Generator().manual_seed(0)
-    archs = {}  # a dict keeps the order of drawing
-    while len(archs) < INHERIT_ARCHS:
-        archs[SPACES["fashion"].sample(generator)] = None
-    return list(archs)
-
-
-def measure(folder, known, archs):
-    """Fill `known` with everything the study needs, kept in the folder after each item."""
-    space = SPACES["fashion"]
-    data = load_images("", space)
-    jobs = {}
-    for arch in archs[:ALONE_ARCHS]:
-        for seed in range(ALONE_SEEDS):
-            jobs[f"alone {arch} {seed}"] = partial(train_alone, space, data, folder, arch, seed)
-    for name in MODES:
-        for seed in range(SEEDS):
-            jobs[f"{name} {seed}"] = partial(study_supernet, space, data, folder, name, seed, archs)
-    jobs["time"] = partial(time_steps, space, data)
-    for name in ABLATION:
-        jobs[f"{name} 0"] = partial(study_supernet, space, data, folder, name, 0, archs)
-    started = time.monotonic()
-    for number, (key, job) in enumerate(jobs.items(), 1):
-        if key not in known:
-            known[key] = job()
-            train.write_text(json.dumps(known), folder / "study.json")
-            print(f"study {number}/{len(jobs)} | {key} | {time.monotonic() - started:.0f} s", flush=True)
-
-
-# ------------------------------------------------------------------------------- the tables
-
-
-def kendall_tau(a, b):
-    """Return Kendall's tau-b of two lists, ties corrected; 0 if one is constant."""
-    a = np.sign(np.subtract.outer(a, a))
-    b = np.sign(np.subtract.outer(b, b))
-    return (a * b).sum() / math.sqrt(max(1, (a * a).sum() * (b * b).sum()))
-
-
-def spearman(a, b):
-    """Return Spearman's rank correlation; ties get their mean rank; 0 if one list is constant."""
-    ranks = []
-    for row in (a, b):
-        rank = np.array([(np.less(row, x).sum() + np.less_equal(row, x).sum()) / 2 for x in row])
-        ranks.append(rank - rank.mean())
-    first, second = ranks
-    return (first * second).sum() / max(1e-12, math.sqrt((first**2).sum() * (second**2).sum()))
+# ------------------------------------------------------------------------------- the table
 
 
 def count_parameters(space, name):
@@ -279,67 +287,68 @@ def count_parameters(space, name):
     return count, sum(p.numel() for p in none.parameters()) + extra
 
 
-def study_row(name, archs, known, seeds=SEEDS):
-    """Return the figures of one row: means over the supernets that did not diverge."""
-    space = SPACES["fashion"]
-    count, none_ps = count_parameters(space, name)
-    none, _ = count_parameters(space, "none")
-    alone = []
-    for arch in archs[:ALONE_ARCHS]:
-        alone.append(np.mean([known[f"alone {arch} {seed}"] for seed in range(ALONE_SEEDS)]))
-    runs = [known[f"{name} {seed}"] for seed in range(seeds)]
-    whole = [run for run in runs if "diverged" not in run]
-    inherited = [list(run["inherited"].values()) for run in whole]
-    columns = {
-        "mean_accuracy": [np.mean(row) for row in inherited],
-        "deviation": [np.std(row) for row in inherited],
-        "kendall_tau": [kendall_tau(row[:ALONE_ARCHS], alone) for row in inherited],
-        "spearman": [spearman(row[:ALONE_ARCHS], alone) for row in inherited],
-        "found_accuracy": [run["found_accuracy"] for run in whole if "found" in run],
-    }
-    ratios = np.divide(known["time"][name], known["time"]["none"])
-    row = {"params": count, "params_over_none": count / none, "params_over_none_ps": count / none_ps}
-    row |= {"step_over_none": float(np.median(ratios)), "diverged": len(runs) - len(whole)}
-    row |= {key: float(np.mean(values)) if values else None for key, values in columns.items()}
-    return row | {f"{key}_seeds": [round(float(v), 4) for v in values] for key, values in columns.items()}
+def judge(study):
+    """Return {form: {measure: values, one a supernet}} against the mean test accuracy of training alone."""
+    table = read_table()
+    archs, columns = known_part(table)
+    places = [table["archs"].index(arch) for arch in archs]
+    alone = columns["test_accuracy"].mean(0)
+    count = max(1, round(TOP * len(archs)))
+    best = set(np.argsort(-alone)[:count].tolist())
+    results = {}
+    for name in FORMS:
+        measures = {"mean accuracy": [], "Kendall tau": [], "recall": []}
+        for seed in range(SEEDS):
+            accuracies = study["inherited"].get(f"{name} {seed}")
+            if accuracies is None:
+                continue
+            row = np.array(accuracies)[places] / 100
+            measures["mean accuracy"].append(row.mean())
+            measures["Kendall tau"].append(kendall_tau(row, alone))
+            measures["recall"].append(len(best & set(np.argsort(-row)[:count].tolist())) / count)
+        if measures["recall"]:
+            results[name] = measures
+    return results, len(archs)
 
 
-def table(rows):
-    """Return markdown of {name: study_row}; the deviation over seeds stands behind a mean."""
-    names = [name for name in next(iter(rows.values())) if not name.endswith("_seeds")]
-    columns = [name for name in names if any(row[name] is not None for row in rows.values())]
-    lines = [f"| sharing | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        figures = [f"{row['params']:,}"]
-        for column in columns[1:]:
-            seeds = row.get(column + "_seeds", [])
-            spread = f" ± {np.std(seeds, ddof=1):.2f}" if len(seeds) > 1 else ""
-            figures.append("" if row[column] is None else f"{row[column]:.2f}{spread}")
-        lines.append(f"| {name} | {' | '.join(figures)} |")
-    return lines
+def with_spread(values, digits=2):
+    """Return "mean ± standard deviation" of the values of a few seeds."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
 
 
-def write_study(archs, known):
-    """Write results/sharing.json, and the tables between the marks of results/sharing.md."""
-    modes = {name: study_row(name, archs, known) for name in MODES}
-    ablation = {}
-    for name in ("heterogeneous", *ABLATION):  # of each variant the supernet of seed 0
-        if f"{name} 0" in known:
-            ablation[name] = study_row(name, archs, known, seeds=1)
-    first, second = [[known[f"alone {arch} {seed}"] for arch in archs[:ALONE_ARCHS]] for seed in (0, 1)]
-    agree = {"kendall_tau": kendall_tau(first, second), "spearman": spearman(first, second)}
-    ours, none_ps = count_parameters(SPACES["hytra"], "heterogeneous")
-    report = {"modes": modes, "ablation": ablation, "seeds_agree": agree, "measured": known}
-    train.write_text(json.dumps(report, indent=1), HERE / "sharing.json")
-    lines = [*table(modes), ""]
-    lines.append(
-        f"Two seeds of training alone agree to Kendall tau {agree['kendall_tau']:.2f}, Spearman "
-        f"{agree['spearman']:.2f}. T of the largest weight: one gather {known['time']['gather']:.2f} ms, a "
-        f"hundred masked passes {known['time']['masked']:.2f} ms. Parameters in `hytra`, over nothing shared "
-        f"and shift as PS: {ours:,} / {none_ps:,} = {ours / none_ps:.3f} in the cells that archs reach.\n"
-    )
-    lines += table(ablation)
-    page = HERE / "sharing.md"
+def write_study(study):
+    """Write the tables between the marks of results/sharing.md."""
+    results, count = judge(study)
+    none, none_ps = count_parameters(SPACE, "none")
+    rows = []
+    for name, measures in results.items():
+        params, _ = count_parameters(SPACE, name)
+        cells = [f"{params:,}", f"{params / none:.2f}", f"{params / none_ps:.2f}"]
+        times = np.divide(study["ms"][name], study["ms"]["none"]) if "ms" in study else [math.nan]
+        cells += [f"{np.median(times):.2f}", str(len(measures["recall"]))]
+        cells += [with_spread(measures["mean accuracy"], 1), with_spread(measures["Kendall tau"])]
+        rows.append([name, *cells, with_spread(measures["recall"])])
+    titles = "sharing|params|of none|of none, PS shift|step of none|supernets|mean accuracy %|Kendall tau"
+    lines = [f"Against {count:,} networks trained alone with two seeds."]
+    lines += markdown([*titles.split("|"), f"recall of the best {TOP:.0%}"], rows)
+    rows = []
+    for question, one, other in QUESTIONS:
+        if one in results and other in results:
+            pairs = zip(results[one]["Kendall tau"], results[other]["Kendall tau"])
+            differences = [a - b for a, b in pairs]  # of the same seed
+            cell = f"{np.mean(differences):+.3f}"
+            if len(differences) > 1:
+                cell += f" ± {np.std(differences, ddof=1) / math.sqrt(len(differences)):.3f}"
+            rows.append([question, f"{one} - {other}", cell])
+    lines += markdown(["question", "difference", "in Kendall tau, mean ± standard error over seeds"], rows)
+    if "ms" in study:
+        gather, masked = [f"{study['ms'][name]:.2f} ms" for name in ("gather", "masked")]
+        lines += ["", f"T of the largest weight: one gather {gather}, a hundred masked passes {masked}."]
+    ours, ps = count_parameters(SPACES["hytra"], "heterogeneous")
+    ratio = f"{ours:,} / {ps:,} = {ours / ps:.3f}"
+    lines += ["", f"Parameters in `hytra`, over those of nothing shared and shift as PS: {ratio}."]
+    page = STUDY.with_suffix(".md")
     before, _, after = page.read_text(encoding="utf-8").split(MARK)
     train.write_text(before + MARK + "\n".join(lines) + "\n" + MARK + after, page)
     print("\n".join(lines))
@@ -382,25 +391,15 @@ def plot_weights(checkpoint, path):
 def main(argv=None):
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--out", default="out/sharing", help="folder of the study")
-    parser.add_argument("--reuse", action="store_true", help="start from what results/sharing.json holds")
-    parser.add_argument("--tables", action="store_true", help="measure nothing, write what is known")
+    parser.add_argument("--train", action="store_true", help="train what is missing")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="supernets at a time")
+    parser.add_argument("--weights", metavar="FILE", help="draw sharing.png of this checkpoint of a supernet")
     args = parser.parse_args(argv)
-    folder = Path(args.out)
-    path = folder / "study.json"
-    known = {}
-    if args.reuse:
-        known = json.loads((HERE / "sharing.json").read_text(encoding="utf-8"))["measured"]
-    if path.exists():
-        known |= json.loads(path.read_text(encoding="utf-8"))
-    archs = study_archs()
-    if not args.tables:
-        measure(folder, known, archs)
-    write_study(archs, known)
-    try:
-        plot_weights(folder / "heterogeneous-0.pt", HERE / "sharing.png")
-    except (ImportError, FileNotFoundError) as error:
-        print(f"no {HERE / 'sharing.png'}: {error}")
+    if args.weights:
+        return plot_weights(args.weights, STUDY.with_suffix(".png"))
+    if args.train:
+        fill(args.processes)
+    write_study(read_study())
 
 
 if __name__ == "__main__":

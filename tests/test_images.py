@@ -482,9 +482,12 @@ def test_the_fingerprint_changes_with_the_content(make, change, tmp_path):
 
 def test_embedded_splits_are_disjoint_and_balanced():
     data = load_images("", FASHION)
-    assert [len(split.index) for split in (data.train_set, data.val_set, data.test_set)] == [5000, 1000, 2000]
-    assert not set(data.train_set.index) & set(data.val_set.index)
-    assert set(Counter(data.test_set.labels.tolist()).values()) == {200}
+    counts = [len(split.index) for split in (data.train_set, data.val_set, data.test_set)]
+    assert counts == [5000, 5000, 10000]
+    splits = (data.train_set, data.val_set, data.test_set)
+    train, val, test = [{image.tobytes() for image in split.images} for split in splits]
+    assert not train & val and not train & test and not val & test
+    assert set(Counter(data.test_set.labels.tolist()).values()) == {1000}
     assert data.class_names[9] == "Ankle boot"
 
 
@@ -530,8 +533,10 @@ def test_300_pictures_in_three_classes_are_read_and_classified(tmp_path, capsys)
     assert "3 classes: cat, cow, dog" in capsys.readouterr().out
     assert [len(split.index) for split in (data.train_set, data.val_set, data.test_set)] == [200, 40, 60]
     network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # the brightest colour
-    assert data.test(network, "cpu") == {"test_accuracy": 100.0} and data.validate(network, "cpu") == 100
-    assert data.error_line({"test_accuracy": 100.0}) == "60 test images, one seed: standard error 1.6 points"
+    error = pytest.approx(1.6, abs=0.05)
+    assert data.test(network, "cpu") == {"test_accuracy": 100.0, "standard_error": error}
+    assert data.validate(network, "cpu") == (100, pytest.approx(2.4, abs=0.05))
+    assert data.extent() == "60 test images, one seed"
     names, x = read_pictures([tmp_path / "test" / "dog" / "299.png"], space, data.state())
     assert data.class_names[network(x).argmax()] == "dog" and names == [f"{tmp_path}/test/dog/299.png"]
 

@@ -790,8 +790,9 @@ def test_an_arch_is_read_from_text_and_file(tmp_path):
 
 
 def test_a_budget_and_a_table_refer_to_archs_of_the_same_depths():
-    expected = {"all-conv": "cc/ccc/cc", "all-shift": "ss/sss/ss", "all-add": "aa/aaa/aa"}
-    assert FASHION.baselines("cs/sat/cc") == expected
+    pures = FASHION.pures()
+    assert list(pures) == ["all-conv", "all-shift", "all-add"] and pures["all-shift"][2] == "ss/sss/ss"
+    assert [len(set(archs)) for archs in pures.values()] == 3 * [len(FASHION.depths)]
     assert FASHION.reference("cs/sat/cc") == "cc/ccc/cc"
     assert FASHION.pure("t", "cs/sa/cc") == "cc/tt/tt"  # stage 1 offers no attention
     assert len(set(FASHION.cheapest())) == 4 * len(FASHION.depths)

@@ -1,6 +1,7 @@
-"""Claims of four programs of results/: operators, integer, official and scale."""
+"""Claims of programs of results/: operators, integer, official, scale, table and sharing."""
 
 import argparse
+import itertools
 import math
 import os
 import pickle
@@ -15,11 +16,13 @@ import torch
 import torch.nn.functional as F
 
 import train
-from conftest import FASHION, rng
+from conftest import FASHION, ROOT, rng
+from cost_model import arch_costs
+from data import images
 from data.images import load_images
-from results import integer, official, operators, scale
+from results import integer, official, operators, scale, sharing, table
 from results.integer import add_conv2d_int, add_conv2d_u8, pack_shift, shift_conv2d_int, unpack_shift
-from shiftaddnas import SPACES, add_conv2d, attention2d, build, shift_conv2d, shift_weight
+from shiftaddnas import SPACES, Block, add_conv2d, attention2d, build, shift_conv2d, shift_weight
 
 needs_compiler = pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX", "g++").split()[0]), reason="no C++ compiler on this machine"
@@ -405,3 +408,154 @@ def test_scale_prints_time_and_memory_of_a_step(flags, network, capsys):
     assert re.search(r"[\d,]+ parameters \| read and augmented \d+ images/s \| \d+ ms a step", line)
     peak, foreseen = map(int, re.search(r"peak (\d+) MiB, foreseen (\d+)", line).groups())
     assert peak > foreseen > 0
+
+
+# ---------------------------------------------------------------------- the table of one space, and sharing
+
+
+def random_table(count=150, known=1.0):
+    """Return (archs, columns) as known_part gives them, of random accuracies with ties."""
+    draw = np.random.default_rng(0)
+    archs = [table.SPACE.arch(int(index)) for index in draw.permutation(2304)[:count]]
+    columns = {name: draw.integers(0, 40, (2, count)).astype(float) for name in table.ACCURACIES}
+    for accounting in table.ACCOUNTINGS:
+        columns[f"share_{accounting}"] = draw.uniform(0.3, 1.0, count)
+    return archs, columns
+
+
+def test_a_front_is_the_best_network_of_its_operators_in_each_budget(monkeypatch):
+    archs, columns = random_table()
+    columns["val_accuracy"][:] = columns["test_accuracy"][0]  # seeds agree: every draw is the same
+    columns["test_accuracy"][1] = columns["test_accuracy"][0] + 50
+    columns["test_accuracy"][0] += 50
+    monkeypatch.setattr(table, "DRAWS", 3)
+    best = table.fronts(archs, columns, "official")
+    assert len(best) == len({ops for ops in best}) <= 14 and "t" not in best  # the first stage has no attention
+    for ops, curves in best.items():
+        for i, budget in enumerate(table.BUDGETS):
+            inside = []
+            for arch, share, accuracy in zip(archs, columns["share_official"], columns["test_accuracy"][0]):
+                if set(arch) <= {*ops, "/"} and share <= budget:
+                    inside.append(accuracy)
+            assert all(np.isnan(curves[:, i])) if not inside else (curves[:, i] == max(inside)).all()
+
+
+def test_a_network_is_chosen_by_one_seed_and_judged_by_the_other():
+    archs, columns = random_table()
+    columns["val_accuracy"][:] = columns["test_accuracy"]  # noise alone: what chose is no part of the judgement
+    whole = table.fronts(archs, columns, "official")["csat"][:, -1]
+    assert abs(whole.mean() - columns["test_accuracy"].mean()) < 6 < 39 - columns["test_accuracy"].mean()
+
+
+def test_main_effects_are_those_that_a_sum_was_made_of():
+    draw = np.random.default_rng(0)
+    archs, _ = random_table(400)
+    effects = {}
+    for position in range(6):
+        effects |= {(position, op): draw.normal() for op in ("sa" if position < 2 else "sat")}
+    blocks = [arch.replace("/", "") for arch in archs]
+    values = np.array([80 + sum(effects.get(pair, 0) for pair in enumerate(block)) for block in blocks])
+    found, error, explained = table.main_effects(archs, values)
+    assert found == pytest.approx(effects) and error < 1e-9 and explained == pytest.approx(1)
+    _, error, _ = table.main_effects(archs, values + draw.normal(0, 1, 400))
+    assert 0.05 < error < 0.5
+
+
+def test_kendall_tau_counts_pairs():
+    draw = np.random.default_rng(0)
+    a, b = draw.integers(0, 9, (2, 30))
+    agree = ties_a = ties_b = 0
+    for i, j in itertools.combinations(range(30), 2):
+        agree += int(np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]))
+        ties_a += a[i] == a[j]
+        ties_b += b[i] == b[j]
+    pairs = 30 * 29 / 2
+    assert table.kendall_tau(a, b) == pytest.approx(agree / np.sqrt((pairs - ties_a) * (pairs - ties_b)))
+
+
+def test_regrets_fall_to_zero_where_a_search_sees_every_network():
+    archs, columns = random_table(40)
+    columns["share_official"][:] = 0.4
+    regrets = table.search_regrets(archs, columns, runs=3)
+    for curve in regrets.values():
+        assert curve.shape == (3, table.EVALUATIONS) and (np.diff(curve) <= 0).all()
+    assert (regrets["random"][:, -1] == 0).all()
+
+
+class OneProcess:
+    """A pool that works in this process."""
+
+    def Pool(self, processes):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def imap_unordered(self, function, jobs):
+        return map(function, jobs)
+
+
+def test_the_table_is_filled_from_where_it_stopped(tmp_path, monkeypatch, capsys):
+    space = replace(table.SPACE, ops=("cs", "c", "c"))  # 4 networks, 8 trainings
+    calls = []
+    limits = [5, 8]  # jobs until an interruption
+
+    def train_one(job):
+        if len(calls) == limits[0]:
+            raise KeyboardInterrupt
+        calls.append(job)
+        return job, 80.0 + job[0], 81.0 + job[1]
+
+    for name, value in {"SPACE": space, "TABLE": tmp_path / "table.json", "train_one": train_one}.items():
+        monkeypatch.setattr(table, name, value)
+    monkeypatch.setattr(table.multiprocessing, "get_context", lambda kind: OneProcess())
+    with pytest.raises(KeyboardInterrupt):
+        table.fill(1)
+    assert sum(value is None for row in table.read_table()["test_accuracy"] for value in row) == 3
+    limits.pop(0)
+    table.fill(1)
+    assert sorted(calls) == [(index, seed) for index in range(4) for seed in range(2)]  # each once
+    whole = table.read_table()
+    assert whole["val_accuracy"] == [[8000, 8100, 8200, 8300]] * 2
+    assert whole["test_accuracy"] == [[8100] * 4, [8200] * 4]
+    archs, columns = table.known_part(whole)
+    assert archs == ["cc/cc/cc", "sc/cc/cc", "cs/cc/cc", "ss/cc/cc"] and columns["share_official"][0] == 1
+    monkeypatch.setattr(table, "RECIPE", {"epochs": 3})
+    with pytest.raises(ValueError, match="was made with recipe"):
+        table.read_table()
+
+
+def test_the_table_in_the_repository_has_the_costs_of_the_cost_model():
+    whole = table.read_table()
+    assert whole["archs"] == [table.SPACE.arch(index) for index in range(2304)]
+    for index in (0, 1000, 2303):
+        costs = arch_costs(table.SPACE, whole["archs"][index])
+        assert whole["params"][index] == costs["params"]
+        assert whole["energy_mj_official"][index] == pytest.approx(costs["energy_mj"], rel=1e-4)
+        assert whole["latency_ms"][index] == pytest.approx(costs["latency_ms"], rel=1e-3)
+        uniform = arch_costs(table.SPACE, whole["archs"][index], accounting="uniform")
+        assert whole["energy_mj_uniform"][index] == pytest.approx(uniform["energy_mj"], rel=1e-4)
+    assert (ROOT / "results" / "table.json").stat().st_size < 400_000
+
+
+def test_all_archs_scored_at_once_have_the_fitness_of_each_alone(monkeypatch):
+    space = replace(table.SPACE, ops=("cs", "a", "at"))
+    monkeypatch.setattr(sharing, "SPACE", space)
+    monkeypatch.setattr(sharing, "FITNESS_IMAGES", 200)
+    monkeypatch.setattr(images, "FITNESS_IMAGES", 200)
+    data = images.load_images("", space)
+    supernet = sharing.make_supernet(space, "heterogeneous").train()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):  # batch norm has seen something
+        supernet(torch.randn(8, 1, 28, 28, generator=generator), space.draw(generator))
+    for block in supernet.modules():  # the last one starts at zero
+        if isinstance(block, Block):
+            torch.nn.init.ones_(block.bn3.weight)
+    archs = [space.arch(index) for index in range(space.size())]
+    accuracies = dict(zip(archs, sharing.inherited(supernet, data)))
+    for arch in ("cc/aa/aa", "sc/aa/ta", "ss/aa/at"):
+        assert accuracies[arch] == pytest.approx(data.fitness(supernet, arch), abs=1e-3)
+    assert len(accuracies) == space.size() == 16

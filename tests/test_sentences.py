@@ -143,7 +143,7 @@ def validate_broken(data):
     network = small_translator(len(data.vocabulary))
     with torch.no_grad():
         next(network.parameters())[EOS] = math.nan
-    return data.validate(network)
+    return data.validate(network)[0]
 
 
 def load_six(folder):
@@ -307,7 +307,7 @@ def test_token_loss_is_the_mean_over_target_tokens_without_padding(tmp_path):
         for row, token in zip(log_p, target + [EOS]):
             losses.append(-row[token].item())
             hits.append(row.argmax().item() == token)
-    loss, accuracy = sentences.token_loss(network, pairs, batch=3)
+    loss, accuracy, error = sentences.token_loss(network, pairs, batch=3)
     assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert accuracy == pytest.approx(100 * sum(hits) / len(hits))
     source, target, y = sentences.pad_pairs(pairs)
@@ -328,9 +328,10 @@ def test_data_measure_a_supernet_a_network_and_samples(tmp_path, capsys):
     supernet = Translator(space, len(data.vocabulary))
     assert data.fitness(supernet, arch) == -sentences.token_loss(supernet, data.val_pairs, arch)[0]
     network = small_translator(len(data.vocabulary))
-    assert data.validate(network) == -sentences.token_loss(network, data.val_pairs)[0]
+    loss, _, error = sentences.token_loss(network, data.val_pairs)
+    assert data.validate(network) == (-loss, error)
     result = data.test(network)
-    assert list(result) == ["test_accuracy", "bleu"]
+    assert list(result) == ["test_accuracy", "bleu", "standard_error"]
     assert all(0 <= value <= 100 for value in result.values())
     samples = data.samples(network, network)
     assert [row[:2] for row in samples["translations"]] == [list(pair[:2]) for pair in data.test_pairs[:3]]
@@ -338,7 +339,7 @@ def test_data_measure_a_supernet_a_network_and_samples(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("\nreference ") == 3
     assert "all-attention with the sources of other sentences: BLEU" in printed
-    assert data.error_line([]) == f"{len(data.test_pairs)} test sentences, one seed"
+    assert data.extent() == f"{len(data.test_pairs)} test sentences, one seed"
 
 
 def test_shuffled_bleu_is_of_the_sources_of_other_sentences(tmp_path, monkeypatch):

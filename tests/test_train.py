@@ -360,7 +360,7 @@ def test_a_folder_spelled_another_way_is_the_same_data(tiny, tiny_data, tmp_path
 
 
 OTHER_SETTINGS = {
-    "c-c-c.pt was made with lr 0.004, this run asks for 0.1": ["--lr", 0.1],
+    "c-c-c.pt was made with lr 0.01, this run asks for 0.1": ["--lr", 0.1],
     "made with seed 0, this run asks for 1": ["--seed", 1],
     "made with image None, this run asks for 32": ["--image", 32],
     "made with mixup 0.0, this run asks for 1.0": ["--set", "mixup=1"],
@@ -533,7 +533,7 @@ def test_evaluate_needs_test_images_only_and_normalises_as_in_training(tiny, tin
         run(*flags, *more)
         return capsys.readouterr().out
 
-    assert f"c/s/t | {trained} | 40 test images" in evaluated()
+    assert f"c/s/t | {trained} | standard_error" in evaluated()
     darker = np.load(tiny_data / "train_images.npy") // 4
     np.save(tiny_data / "train_images.npy", darker)
     assert trained in evaluated()

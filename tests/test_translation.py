@@ -207,11 +207,14 @@ def test_an_arch_is_one_string_and_its_genes_are_the_official_lists():
 
 
 def test_baselines_and_the_reference_are_the_largest_of_one_type_and_the_cheapest_the_smallest():
-    arch = SMALL.sample(rng())
     layers = {kind: f"96: {' '.join([kind + '-256-4'] * 3)} / 96: T-256-4-4-1 T-256-4-4-1" for kind in "TCAS"}
     names = {"all-attention": "T", "all-conv": "C", "all-add": "A", "all-shift": "S"}
-    assert SMALL.baselines(arch) == {name: layers[kind] for name, kind in names.items()}
-    assert SMALL.reference(arch) == layers["T"]
+    pures = SMALL.pures()
+    for name, kind in names.items():
+        assert layers[kind] in pures[name] and len(set(pures[name])) == 16  # 2 widths, 2 x 2 hidden, 2 depths
+        for arch in pures[name]:
+            assert set(SMALL.genes(SMALL.validate(arch))["encoder"]["types"]) == {kind}
+    assert SMALL.reference(pures["all-conv"][0]) == layers["T"]
     assert "64: TA-128-4 TA-128-4 TA-128-4 / 64: T-128-4-4-1" in SMALL.cheapest()
 
 
