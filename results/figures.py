@@ -113,8 +113,8 @@ def boxes(arch):
 
 
 def plot_archs(runs, path):
-    """Draw every retrained network as a strip of letters, with its mean accuracy or BLEU and its energy."""
-    rows = [row for run in runs for row in run["table"]]
+    """Draw winners and baselines as strips of letters, each with its mean accuracy or BLEU and its energy."""
+    rows = [row for run in runs for row in run["table"] if family(row["name"]) != "random"]
     measure = measure_of(rows[0])
     networks = {}  # arch -> its rows, the winners first
     for row in sorted(rows, key=lambda row: [*NETWORKS].index(family(row["name"]))):

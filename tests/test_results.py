@@ -20,7 +20,7 @@ from conftest import FASHION, ROOT, rng
 from cost_model import arch_costs
 from data import images
 from data.images import load_images
-from results import integer, official, operators, scale, sharing, table
+from results import integer, official, operators, scale, search, sharing, table
 from results.integer import add_conv2d_int, add_conv2d_u8, pack_shift, shift_conv2d_int, unpack_shift
 from shiftaddnas import SPACES, Block, add_conv2d, attention2d, build, shift_conv2d, shift_weight
 
@@ -559,3 +559,34 @@ def test_all_archs_scored_at_once_have_the_fitness_of_each_alone(monkeypatch):
     for arch in ("cc/aa/aa", "sc/aa/ta", "ss/aa/at"):
         assert accuracies[arch] == pytest.approx(data.fitness(supernet, arch), abs=1e-3)
     assert len(accuracies) == space.size() == 16
+
+
+# ------------------------------------------------------------------------------------ tables of searches
+
+
+def a_search(accuracies):
+    """Return what summary() reads of a search: rows of {name: accuracy}, energies 4, 3, 2, ..."""
+    rows = []
+    for number, (name, accuracy) in enumerate(accuracies.items()):
+        row = {"name": name, "arch": "cc/sa/tt", "test_accuracy": accuracy, "energy_mj": 4.0 - number}
+        rows.append(row | {"latency_ms": 1.0, "params": 10})
+    return {"settings": {"space": "fashion"}, "table": rows}
+
+
+def test_a_summary_has_means_over_searches_and_the_differences_of_the_winner():
+    runs = [a_search({"reference": 90, "random 1": 70, "random 2": 80, "winner": 88})]
+    runs += [a_search({"reference": 92, "random 1": 60, "all-shift": 89, "winner": 89})]
+    lines = search.summary(runs)
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert [row[1] for row in cells[2:6]] == ["reference", "random", "all-shift", "winner"]
+    accuracies = ["91.00 ± 1.41", "67.50 ± 10.61 (60.0 to 80.0)", "89.00", "88.50 ± 0.71"]
+    assert [row[2] for row in cells[2:6]] == accuracies
+    assert cells[3][3] == "69 ± 9"  # energies 3, 2 and 3 of 4: means 62.5 and 75 %
+    assert "-2.50 ± 0.50 against reference; +21.00 ± 8.00 against random; +0.00 against all-shift." in lines[-1]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"table": []}', '{"scores": {}, "table": [{}]}'])
+def test_a_folder_without_a_whole_search_is_named(content, tmp_path):
+    (tmp_path / "search.json").write_text(content)
+    with pytest.raises(ValueError, match="does not hold a whole search.json"):
+        search.read_run(tmp_path)
