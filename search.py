@@ -23,6 +23,8 @@ import math
 import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,7 +61,7 @@ def limits_for(space, arch, budget, limits, energy_mj):
     """Return {cost: largest allowed value} for an arch; a budget is a share of its reference's energy."""
     allowed = dict(limits)
     if budget:
-        share = budget * energy_mj(space.reference(arch))
+        share = budget * energy_mj(space.reference(arch))  # in mJ
         allowed["energy_mj"] = min(share, allowed.get("energy_mj", share))
     return allowed
 
@@ -78,7 +80,7 @@ def make_fits(space, budget, limits, energy_mj, costs):
 
 def require_some_arch(space, budget, limits, energy_mj, costs):
     """Raise ValueError, with what the cheapest archs need, if none of them is inside the limits."""
-    archs = space.cheapest()
+    archs = space.cheapest()  # if none of these fits, none does
     fits = make_fits(space, budget, limits, energy_mj, costs)
     if any(fits(arch) for arch in archs):
         return
@@ -118,14 +120,14 @@ def pareto_front(scores, energy_mj):
 
 def spread(front, count):
     """Return at most `count` archs at even distances along a front, the fittest first."""
-    last = len(front) - 1
+    last = len(front) - 1  # the fittest stands there
     places = [round(last * (1 - i / max(1, count - 1))) for i in range(count)]
     return [front[place] for place in dict.fromkeys(places)]  # each once
 
 
 def best_fronts(scores, energy_mj, count):
     """Return `count` archs: the Pareto front, the front of the others, and so on; the last one is thinned."""
-    left = dict(scores)
+    left = dict(scores)  # what is on no front yet
     best = []
     while left and len(best) < count:
         front = pareto_front(left, energy_mj)
@@ -147,13 +149,13 @@ def evolve(
     after every generation. A child that cannot be drawn new and inside the limits in TRIES draws is left out,
     so a small space or a tight budget ends the search instead of hanging it.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # of all draws: same seed, same search
     state = state or {"scores": {}, "generation": -1}
-    scores = state["scores"]
+    scores = state["scores"]  # arch -> fitness, of every generation
     if "rng" in state:
         generator.set_state(torch.tensor(state["rng"], dtype=torch.uint8))
     for generation in range(state["generation"] + 1, generations + 1):
-        best = best_fronts(scores, energy_mj, parents)
+        best = best_fronts(scores, energy_mj, parents)  # empty in the first generation
 
         def pick():
             return best[int(torch.randint(len(best), (), generator=generator))]
@@ -168,13 +170,13 @@ def evolve(
             children = dict.fromkeys(arch for arch in start if fits(arch))
         for make in makers:
             for _ in range(TRIES):
-                child = make()
+                child = make()  # tried until it is new and fits
                 if child not in scores and child not in children and fits(child):
                     children[child] = None
                     break
         scores.update(zip(children, score_all(list(children))))
         state.update(generation=generation, rng=generator.get_state().tolist())
-        report(state)
+        report(state)  # a file and a line, in search.py
         if not children:
             print("no new arch inside the limits: the search ends here")
             break
@@ -184,7 +186,7 @@ def evolve(
 def share_scores(score, archs):
     """Return the fitness of each arch; of several processes each scores a share, and all know all."""
     mine = {arch: score(arch) for arch in archs[rank() :: processes()]}  # every n-th
-    shares = [mine] * processes()
+    shares = [mine] * processes()  # replaced by what each process has
     if processes() > 1:
         dist.all_gather_object(shares, mine)
     scores = {arch: fitness for share in shares for arch, fitness in share.items()}
@@ -223,10 +225,22 @@ def make_train_all(space, path, recipe, sharing, seed, device, amp, out):
         missing = [arch for arch in archs if not checkpoint(space, arch, out).exists()]
         workers = min(torch.get_num_threads(), len(missing))
         if workers > 1 and processes() == 1 and device == "cpu":
-            with multiprocessing.get_context("spawn").Pool(workers) as pool:
-                pool.map(job, missing, chunksize=1)
+            list(side_by_side(job, missing, workers))
 
     return train_all
+
+
+def side_by_side(function, jobs, workers):
+    """Yield function(job) of each job as it is done, in processes of their own; the first error ends all."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(function, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool:
+            raise OSError("a process was killed (too little memory?); the same command goes on") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def train_alone(space, path, recipe, sharing, seed, device, amp, out, arch):
@@ -282,7 +296,7 @@ def read_state(path, space):
 
 def finalists_of(scores, energy_mj, count):
     """Return archs that are spread along the Pareto front, above the median of all that was scored."""
-    median = statistics.median(scores.values())
+    median = statistics.median(scores.values())  # cheap networks that learn little are on the front too
     front = [arch for arch in pareto_front(scores, energy_mj) if scores[arch] >= median]
     return spread(front, count)
 
@@ -309,8 +323,8 @@ def choose(space, data, trained, candidates, energy_mj, device):
         retrained.append((arch, figure, error))
         figures = f"{energy_mj(arch):.4f} mJ, validation {figure:.2f} +- {error:.2f}"
         print(f"finalist {space.short(arch)}: {figures}")
-    _, best, error = max(retrained, key=lambda row: row[1])
-    equals = [row for row in retrained if row[1] >= best - error]
+    _, best, error = max(retrained, key=lambda row: row[1])  # of the validation figures
+    equals = [row for row in retrained if row[1] >= best - error]  # no worse, as far as the data can tell
     winner = min(equals, key=lambda row: (energy_mj(row[0]), -row[1], row[0]))
     return winner[0], retrained
 
@@ -391,10 +405,10 @@ def run_search(space, data, trained, train_all, settings, energy_mj, costs, devi
         seconds[phase] = time.monotonic() - started - sum(seconds.values())
 
     seed = settings["seed"]
-    fits = make_fits(space, settings["budget"], settings["limits"], energy_mj, costs)
-    supernet = trained("")
+    fits = make_fits(space, settings["budget"], settings["limits"], energy_mj, costs)  # fits(arch): a bool
+    supernet = trained("")  # or read, if an earlier run trained it
     lap("supernet")
-    pures = [arch for archs in space.pures().values() for arch in archs]
+    pures = [arch for archs in space.pures().values() for arch in archs]  # where evolution starts
     path = out / "search-state.json"
     scores = search_archs(
         space, data, supernet, energy_mj, fits, path, settings, seed, device, start=pures,
@@ -405,16 +419,16 @@ def run_search(space, data, trained, train_all, settings, energy_mj, costs, devi
     lap("search")
     baselines = baselines_of(space, scores, fits)
     finalists = finalists_of(scores, energy_mj, settings["finalists"])
-    candidates = dict.fromkeys([*finalists, *baselines.values()])
+    candidates = dict.fromkeys([*finalists, *baselines.values()])  # each once
     train_all(candidates)
     winner, chosen = choose(space, data, trained, candidates, energy_mj, device)
     lap("finalists")
-    hybrids = draw_hybrids(space, winner, fits, energy_mj, seed)
+    hybrids = draw_hybrids(space, winner, fits, energy_mj, seed)  # what chance finds at the same energy
     networks = {"reference": space.reference(winner)} | baselines
     networks |= {f"random {number}": arch for number, arch in enumerate(hybrids, 1)} | {"winner": winner}
     train_all(dict.fromkeys(networks.values()))
     rows = []
-    for name, arch in networks.items():  # retrained as the winner is
+    for name, arch in networks.items():  # retrained with one recipe
         rows.append({"name": name, "arch": arch, **data.test(trained(arch), device), **costs(arch)})
     lap("baselines")
     limits = limits_for(space, winner, settings["budget"], settings["limits"], energy_mj)
@@ -453,17 +467,17 @@ def main(argv=None):
         args.set = ["epochs=1", "supernet_epochs=1", "finalists=1", *shorter, *args.set]
         evolution = {"generations": 1, "first": 6}
     space, recipe, out = read_settings(args)
-    limits = read_limits(args.limit)
+    limits = read_limits(args.limit)  # cost -> largest value
     if not 0 <= evolution["generations"]:
         raise ValueError(f"--generations must be at least 0, got {args.generations}")
-    device = join_processes(args.device)
+    device = join_processes(args.device)  # of this process
     table = None
     if "measured_ms" in limits:
         if space.name not in SPACES or processes() > 1:
             raise ValueError("--limit measured_ms is for images and one process; give latency_ms, simulated")
         Path(out).mkdir(parents=True, exist_ok=True)
         table = measured_table(space, Path(out) / "measured.json")
-    hardware = replace(EYERISS, pe_limit=args.pe_limit)
+    hardware = replace(EYERISS, pe_limit=args.pe_limit)  # the rest of it as published
     energy_mj, costs = make_costs(space, args.bits, args.accounting, hardware, table)
     require_some_arch(space, recipe.budget, limits, energy_mj, costs)
     data = load_data(space, args.data, recipe, cache=out)

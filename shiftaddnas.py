@@ -113,7 +113,7 @@ def power_of_two(weight):
     Source: official modules_q.py (which clamps the parameter itself).
     """
     w = at_least_float32(weight.detach())
-    exponent = w.abs().log2().round().clamp(-15, 0)
+    exponent = w.abs().log2().round().clamp(-15, 0)  # s; log2(0) = -inf becomes -15 and meets sign 0
     value = w.sign() * exponent.exp2()
     return straight_through(weight, value.to(weight.dtype))
 
@@ -128,7 +128,7 @@ def shift_weight(shift, sign):
     """
     if shift.shape != sign.shape:
         raise ValueError(f"shift {tuple(shift.shape)} and sign {tuple(sign.shape)} must have one shape")
-    b = sign.detach().round().sign()
+    b = sign.detach().round().sign()  # -1, 0 or 1
     s = straight_through(shift, shift.detach().clamp(-14, 0).round())
     return straight_through(sign, torch.zeros_like(b)) + b * torch.exp2(s)
 
@@ -176,10 +176,10 @@ def add_conv2d(x, weight, stride=1, padding=0, groups=1, dilation=1):
 
 def add_patches(x, w, shape):
     """Yield (images, patches (n, G, C/G*KH*KW, L), filters (G, M/G, C/G*KH*KW)) for about 64 MB of images."""
-    K = w[0].numel()
-    L = shape.Ho * shape.Wo
+    K = w[0].numel()  # taps of a filter
+    L = shape.Ho * shape.Wo  # positions of the result
     step = max(1, 2**24 // max(1, shape.G * K * L))
-    filters = w.reshape(shape.G, -1, K)
+    filters = w.reshape(shape.G, -1, K)  # (G, M/G, K)
     for n in range(0, shape.N, step):
         patches = F.unfold(x[n : n + step], (shape.KH, shape.KW), padding=shape.P, stride=shape.S)
         yield slice(n, n + step), patches.view(-1, shape.G, K, L), filters
@@ -201,9 +201,9 @@ def add_conv2d_grad_x_definition(g, x, w, shape):
     if x.numel() and g.numel():
         for images, patches, filters in add_patches(x, w, shape):
             g_rows = g[images].reshape(len(patches), shape.G, -1, shape.Ho * shape.Wo)  # (n, G, M/G, L)
-            columns = torch.zeros_like(patches)
+            columns = torch.zeros_like(patches)  # the gradient of each patch
             for m in range(shape.M // shape.G):
-                slope = (filters[:, m, :, None] - patches).clamp(-1, 1)
+                slope = (filters[:, m, :, None] - patches).clamp(-1, 1)  # (n, G, K, L)
                 columns += g_rows[:, :, m, None] * slope
             kernel = (shape.KH, shape.KW)
             grad[images] = F.fold(
@@ -218,7 +218,7 @@ def add_linear(x, weight):
         raise ValueError(
             f"x (..., C) and weight (M, C) must share C: x {tuple(x.shape)}, weight {tuple(weight.shape)}"
         )
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])  # (rows, C)
     y = add_conv2d(rows[:, :, None, None], weight[:, :, None, None])  # (rows, M, 1, 1)
     return y.view(*x.shape[:-1], len(weight))
 
@@ -261,10 +261,10 @@ def attention2d(x, weight, head_dim, official=False):
     qkv = F.linear(tokens, weight[:, :, 0, 0]).view(N, H * W, 3, C // head_dim, head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (N, heads, HW, head_dim)
     if official:
-        scores = q @ k.transpose(2, 3) * head_dim**-0.5
+        scores = q @ k.transpose(2, 3) * head_dim**-0.5  # (N, heads, HW, HW)
         y = scores.softmax(3).transpose(2, 3) @ v
     else:
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v)  # (N, heads, HW, head_dim)
     return y.transpose(2, 3).reshape(N, C, H, W)
 
 
@@ -323,7 +323,7 @@ class SharedWeight(nn.Module):
     def sample(self, op, limit=512):
         """Return about `limit` evenly strided elements that an op reads, in units of their target density."""
         step = max(1, self.w.numel() // limit)
-        w = self.w.flatten()[::step]
+        w = self.w.flatten()[::step]  # (n,), each of them with its gradient
         return self.transform(w) / self.b if op == "add" else w / self.std
 
 
@@ -350,7 +350,7 @@ def kl_divergence(sample, log_density):
     m = max(1, round(n ** (1 / 3)))
     if n <= 2 * m:
         raise ValueError(f"a divergence needs more than {2 * m} elements, got {n}")
-    x = sample.sort().values
+    x = sample.sort().values  # (..., n)
     spacing = (x[..., 2 * m :] - x[..., : -2 * m]).clamp_min(1e-12)  # (..., n - 2m)
     log_p = torch.digamma(torch.tensor(2.0 * m)) - torch.digamma(torch.tensor(n + 1.0)) - spacing.log()
     return (log_p - log_density(x[..., m:-m])).mean()
@@ -439,7 +439,7 @@ def add_conv2d_general(x, weight, stride, groups, dilation):
     x = F.pad(x, (0, -W % dw, 0, -H % dh))
     phases = x.unflatten(3, (-1, dw)).unflatten(2, (-1, dh))  # (N, C, H/dh, dh, W/dw, dw)
     phases = phases.permute(3, 5, 0, 1, 2, 4).flatten(0, 2)  # (dh dw N, C, H/dh, W/dw)
-    y = _AddConv2d.apply(phases, weight, 1, 0, groups)
+    y = _AddConv2d.apply(phases, weight, 1, 0, groups)  # (dh dw N, M, H'/dh, W'/dw)
     y = y.unflatten(0, (dh, dw, N)).permute(2, 3, 4, 0, 5, 1)  # (N, M, H'/dh, dh, W'/dw, dw)
     y = y.flatten(4, 5).flatten(2, 3)[:, :, :rows, :columns]
     return y[:, :, :: stride[0], :: stride[1]]
@@ -453,7 +453,7 @@ def conv_shape(x_size, w_size, stride, padding, groups):
     """Return the ConvShape of x (N, C, H, W) and weight (M, C/G, KH, KW); ValueError if too large."""
     N, C, H, W = x_size
     M, Cg, KH, KW = w_size
-    Ho = (H + 2 * padding - KH) // stride + 1
+    Ho = (H + 2 * padding - KH) // stride + 1  # rows of the result
     Wo = (W + 2 * padding - KW) // stride + 1
     if max(C * H * W, M * Ho * Wo, M * Cg * KH * KW) >= 2**30:
         raise ValueError(
@@ -513,11 +513,11 @@ def as_groups(tensors, in_dims, size):
 def _(info, in_dims, x, w, stride, padding, groups):
     size = info.batch_size
     if in_dims[1] is None:  # one weight: the mapped images are just more images
-        images = x.movedim(in_dims[0], 0)
+        images = x.movedim(in_dims[0], 0)  # (size, N, C, H, W)
         y = add_conv2d_op(images.flatten(0, 1), w, stride, padding, groups)
         return y.unflatten(0, images.shape[:2]), 0
     (images,) = as_groups([x], in_dims[:1], size)  # many weights: they stand side by side as groups
-    filters = w.movedim(in_dims[1], 0).flatten(0, 1)
+    filters = w.movedim(in_dims[1], 0).flatten(0, 1)  # (size M, C/G, KH, KW)
     y = add_conv2d_op(images, filters, stride, padding, size * groups)
     return y.unflatten(1, (size, -1)), 1
 
@@ -575,7 +575,7 @@ class _AddConv2d(torch.autograd.Function):
             grad_x = _AddGradX.apply(g, x, w, stride, padding, groups)
         if ctx.needs_input_grad[1]:  # sum of g (x - w): a convolution's weight gradient, minus w sum g
             product = product_grad_w(g, x, w, stride, padding, groups)
-            total = g.sum((0, 2, 3)).view(-1, 1, 1, 1)
+            total = g.sum((0, 2, 3)).view(-1, 1, 1, 1)  # sum g of each filter
             grad_w = torch.addcmul(product, w, total, value=-1)
         return grad_x, grad_w, None, None, None
 
@@ -791,7 +791,7 @@ class _ScaledGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        length = ctx.eta * math.sqrt(grad.numel())
+        length = ctx.eta * math.sqrt(grad.numel())  # that it is to have
         wide = at_least_float32(grad)  # the norm of half precision could overflow
         return (wide * (length / wide.norm().clamp_min(1e-12))).to(grad.dtype), None
 
@@ -915,7 +915,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x):
         mean = x.mean((2, 3), keepdim=True)  # (N, C, 1, 1)
-        gate = self.expand(F.relu(self.reduce(mean)))
+        gate = self.expand(F.relu(self.reduce(mean)))  # (N, C, 1, 1)
         return x * torch.sigmoid(gate)
 
 
@@ -942,7 +942,7 @@ class Entrance(nn.Module):
 
     def __init__(self, op, c_in, c_out, stride, space, shared, suffix):
         super().__init__()
-        p = c_out // 4
+        p = c_out // 4  # width of the bottleneck
         biased = op == "conv" or op == "shift" and space.retraining  # as the official networks have it
         self.conv1 = conv_layer(op, c_in, p, 1, shared=shared.get("conv1" + suffix))
         self.peg = conv_layer(op, p, p, 3, stride, groups=p, bias=biased)
@@ -982,7 +982,7 @@ class Block(nn.Module):
         super().__init__()
         p = c_out // 4
         shared = shared or {}
-        conv_op = "conv" if op == "attn" else op
+        conv_op = "conv" if op == "attn" else op  # of what surrounds an attention
         self.op = op
         self.entrances = nn.ModuleDict()
         for name, (c_in, stride) in entrances.items():
@@ -1081,7 +1081,7 @@ class SearchSpace:
         for depths, size in zip(self.depths, self.sizes()):
             if index < size:
                 break  # it has these depths
-            index -= size
+            index -= size  # past the archs of these depths
         stages = [""] * len(depths)
         for stage, (ops, depth) in enumerate(zip(self.ops, depths)):
             for _ in range(depth):
@@ -1329,7 +1329,7 @@ def build(space, arch, seed=0):
         stem = make_stem(space)
         width = space.block_input()  # channels that enter the next block
         for stage, letter, entrance in space.walk(arch):
-            stride = space.strides[stage] if entrance == "down" else 1
+            stride = space.strides[stage] if entrance == "down" else 1  # the first block of a stage
             blocks.append(Block(OPS[letter], space.widths[stage], {entrance: (width, stride)}, space))
             width = space.widths[stage]
         return Network(space, arch, stem, blocks, Head(space, space.distilled))
@@ -1453,7 +1453,7 @@ def attend(q, k, v, heads, allowed, dropout=0.0):
     if q.shape[2] % heads:
         raise ValueError(f"heads must divide the width {q.shape[2]}, got {heads}")
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, Q / heads)
-    y = F.scaled_dot_product_attention(q, k, v, allowed, dropout)
+    y = F.scaled_dot_product_attention(q, k, v, allowed, dropout)  # (B, heads, T, Q / heads)
     return y.transpose(1, 2).flatten(2)  # the heads side by side
 
 
@@ -1629,7 +1629,7 @@ class TokenSpace:
         child = {}
         for part, lists in self.choices().items():
             depth = len((theirs if coin() else mine)[part]["types"])
-            child[part] = {"embed_dim": (theirs if coin() else mine)[part]["embed_dim"]}
+            child[part] = {"embed_dim": (theirs if coin() else mine)[part]["embed_dim"]}  # a width
             for name in lists:
                 layers = itertools.zip_longest(mine[part][name], theirs[part][name])  # None: one is shorter
                 mixed = [b if a is None or b is not None and coin() else a for a, b in layers]
@@ -1657,7 +1657,7 @@ PAD, EOS, UNK = range(3)  # the first ids of any vocabulary; EOS ends a sentence
 
 def fake_quantise(x, low, high, bits, rounding=torch.round):
     """Round to one of 2^bits levels from low to high (broadcast); gradient straight through."""
-    scale = ((high - low) / (2**bits - 1)).clamp_min(1e-8)
+    scale = ((high - low) / (2**bits - 1)).clamp_min(1e-8)  # width of a level
     level = rounding((x.detach() - low) / scale).clamp(0, 2**bits - 1)
     return straight_through(x, low + scale * level)
 
@@ -1730,7 +1730,7 @@ class PrefixLinear(nn.Module):
     def forward(self, x, c_out=None):
         w = self.weight.weight_for(self.op)[:c_out, : x.shape[-1]]  # (out, in)
         w = power_of_two(w) if self.op == "shift" else self.quantiser.weight(w)
-        b = self.quantiser.weight(self.bias[:c_out])
+        b = self.quantiser.weight(self.bias[:c_out])  # (out,)
         z = F.linear(self.quantiser(x), w, b)  # (B, T, out)
         return _QuantisedGradient.apply(z, self.quantiser.bits) if self.quantiser.bits else z
 
@@ -1789,7 +1789,7 @@ class LightMixing(nn.Module):
         if letter == "S":
             u = self.shift(u, width)
         u = self.quantiser(u if keep is None else u * keep)
-        w = self.taps.weight_for(op)
+        w = self.taps.weight_for(op)  # (H, K)
         K = w.shape[1]
         past = None
         if cache is not None:
@@ -1850,11 +1850,11 @@ class TokenBlock(nn.Module):
         part = x.shape[-1] // len(kind)  # channels of each operator
         mixed = []
         if kind[0] == "T":
-            first = x[..., :part]
+            first = x[..., :part]  # attention takes the first channels
             mixed.append(self.attention[self.key(kind)](first, first, heads, allowed, cache[0]))
         if kind[-1] != "T":
             mixed.append(self.light[self.key(kind)](x[..., -part:], kind[-1], keep, cache[0]))
-        x = self.add_norm(x, torch.cat(mixed, -1), self.norms[0])
+        x = self.add_norm(x, torch.cat(mixed, -1), self.norms[0])  # (B, T, C)
         if cross is not None:
             x = self.add_norm(x, self.cross(x, *cross, cache[1]), self.norms[1])
         hidden = F.relu(self.fc1(x, ffn))  # (B, T, ffn)
@@ -1920,7 +1920,7 @@ class Translator(nn.Module):
         """Return (outputs of the last three layers, last first; padding mask (B, S)) of source (B, S)."""
         genes = self.genes(arch)["encoder"]
         mask = source != PAD  # (B, S)
-        x = self.embed(source, self.embedding, genes["embed_dim"])
+        x = self.embed(source, self.embedding, genes["embed_dim"])  # (B, S, width)
         keep = mask.unsqueeze(2).to(x.dtype)  # (B, S, 1)
         outputs = []
         for block, kind, heads, ffn in zip(self.encoder, genes["types"], genes["heads"], genes["ffn"]):
@@ -1959,7 +1959,7 @@ class Translator(nn.Module):
 
     def divergence(self, arch):
         """Return the mean divergence, in nats, of the shared taps that the arch reads; 0 if none."""
-        readers = []
+        readers = []  # taps, and the op that reads them
         for part, lists in self.genes(arch).items():
             for block, kind in zip(getattr(self, part), lists["types"]):
                 if kind[-1] != "T":  # it has a light operator

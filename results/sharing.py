@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import tempfile
 import time
@@ -30,6 +29,7 @@ import train
 from data.images import FITNESS_IMAGES
 from results.operators import median_ms
 from results.table import SPACE, embedded, kendall_tau, known_part, markdown, read_table
+from search import side_by_side
 from shiftaddnas import BINS, OPS, REACH, SPACES, SharedWeight, ShiftConv2d, Supernet, power_of_two
 from shiftaddnas import scale_gradient
 
@@ -201,13 +201,13 @@ def fill(processes):
     jobs = [(name, seed) for seed in range(SEEDS) for name in FORMS]
     missing = [(name, seed) for name, seed in jobs if f"{name} {seed}" not in study["inherited"]]
     started = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for number, ((name, seed), accuracies) in enumerate(pool.imap_unordered(study_one, missing), 1):
-            study["inherited"][f"{name} {seed}"] = accuracies
-            train.write_text(json.dumps(study), STUDY)
-            minutes = (time.monotonic() - started) / number * (len(missing) - number) / 60
-            done = f"{len(study['inherited'])}/{len(jobs)}"
-            print(f"{done} | {name} {seed} | {minutes:.0f} min left", flush=True)
+    results = side_by_side(study_one, missing, processes)
+    for number, ((name, seed), accuracies) in enumerate(results, 1):
+        study["inherited"][f"{name} {seed}"] = accuracies
+        train.write_text(json.dumps(study), STUDY)
+        minutes = (time.monotonic() - started) / number * (len(missing) - number) / 60
+        done = f"{len(study['inherited'])}/{len(jobs)}"
+        print(f"{done} | {name} {seed} | {minutes:.0f} min left", flush=True)
     if "ms" not in study:
         study["ms"] = time_steps(SPACE, embedded())
         train.write_text(json.dumps(study), STUDY)

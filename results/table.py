@@ -19,7 +19,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import tempfile
 import time
@@ -32,7 +31,7 @@ import train
 from cost_model import ACCOUNTINGS, arch_costs, network_cost, network_layers
 from data.images import load_images
 from results.figures import LETTERS, new_figure, write_figure
-from search import evolve, pareto_front
+from search import evolve, pareto_front, side_by_side
 from shiftaddnas import OPS, SPACES, build
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -93,17 +92,16 @@ def fill(processes):
     jobs = [(index, seed) for index in order for seed in range(SEEDS)]
     missing = [(index, seed) for index, seed in jobs if table["test_accuracy"][seed][index] is None]
     started = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for number, (job, val, test) in enumerate(pool.imap_unordered(train_one, missing), 1):
-            index, seed = job
-            table["val_accuracy"][seed][index] = round(100 * val)
-            table["test_accuracy"][seed][index] = round(100 * test)
-            train.write_text(json.dumps(table), TABLE)
-            rate = (time.monotonic() - started) / number
-            done = len(jobs) - len(missing) + number
-            progress = f"{done}/{len(jobs)} | {table['archs'][index]} seed {seed}"
-            left = f"{rate:.1f} s a network | {rate * (len(missing) - number) / 3600:.1f} h left"
-            print(f"{progress} | test accuracy {test:.2f} | {left}", flush=True)
+    results = side_by_side(train_one, missing, processes)
+    for number, ((index, seed), val, test) in enumerate(results, 1):
+        table["val_accuracy"][seed][index] = round(100 * val)
+        table["test_accuracy"][seed][index] = round(100 * test)
+        train.write_text(json.dumps(table), TABLE)
+        rate = (time.monotonic() - started) / number
+        done = len(jobs) - len(missing) + number
+        progress = f"{done}/{len(jobs)} | {table['archs'][index]} seed {seed}"
+        left = f"{rate:.1f} s a network | {rate * (len(missing) - number) / 3600:.1f} h left"
+        print(f"{progress} | test accuracy {test:.2f} | {left}", flush=True)
 
 
 def read_table():

@@ -482,22 +482,6 @@ def test_regrets_fall_to_zero_where_a_search_sees_every_network():
     assert (regrets["random"][:, -1] == 0).all()
 
 
-class OneProcess:
-    """A pool that works in this process."""
-
-    def Pool(self, processes):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
-    def imap_unordered(self, function, jobs):
-        return map(function, jobs)
-
-
 def test_the_table_is_filled_from_where_it_stopped(tmp_path, monkeypatch, capsys):
     space = replace(table.SPACE, ops=("cs", "c", "c"))  # 4 networks, 8 trainings
     calls = []
@@ -511,7 +495,7 @@ def test_the_table_is_filled_from_where_it_stopped(tmp_path, monkeypatch, capsys
 
     for name, value in {"SPACE": space, "TABLE": tmp_path / "table.json", "train_one": train_one}.items():
         monkeypatch.setattr(table, name, value)
-    monkeypatch.setattr(table.multiprocessing, "get_context", lambda kind: OneProcess())
+    monkeypatch.setattr(table, "side_by_side", lambda function, jobs, workers: map(function, jobs))
     with pytest.raises(KeyboardInterrupt):
         table.fill(1)
     assert sum(value is None for row in table.read_table()["test_accuracy"] for value in row) == 3

@@ -1,6 +1,8 @@
 """Search: limits, evolution, phases that are used again, the command line, and the README's commands."""
 
+import functools
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -333,6 +335,20 @@ def test_networks_trained_side_by_side_are_those_trained_in_turn(tiny_data, tmp_
         paths = [search.checkpoint(FASHION, arch, tmp_path / name) for name in ("one", "two")]
         one, two = [torch.load(path)["model"] for path in paths]
         assert all(value.equal(two[name]) for name, value in one.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job, message", [(os.abort, "was killed"), (int, "invalid literal")])
+def test_a_job_that_dies_or_fails_ends_the_others(job, message):
+    with pytest.raises((OSError, ValueError), match=message):
+        list(search.side_by_side(functools.partial(dies, job), [*range(20)], 2))
+
+
+def dies(job, number):
+    """Work for a second, or end as `job` does."""
+    if number == 1:
+        job() if job is os.abort else job("x")
+    time.sleep(1)
 
 
 @pytest.mark.slow
