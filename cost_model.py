@@ -253,7 +253,8 @@ def tilings_within_limits(layer, precision, uniform, hardware):
 
     # N3, M3, C2, E3: what the factors inside leave of each size
     factors = (n0, m0, m1, m2, c0, c1, e1)
-    n0, m0, m1, m2, c0, c1, e1 = (np.broadcast_to(factor, fits.shape)[fits] for factor in factors)
+    places = np.nonzero(fits)  # faster than the mask: it is read once
+    n0, m0, m1, m2, c0, c1, e1 = (np.broadcast_to(factor, fits.shape)[places] for factor in factors)
     n3, m3 = ceil_div(n, n0), ceil_div(m, m0 * m1 * m2)
     c2, e3 = ceil_div(c, c0 * c1), ceil_div(e, e1)
     return Tiling(n0, n3, m0, m1, m2, m3, c0, c1, c2, e1, e3)
