@@ -21,7 +21,9 @@ import functools
 import json
 import math
 import multiprocessing
+import os
 import statistics
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -232,7 +234,7 @@ def make_train_all(space, path, recipe, sharing, seed, device, amp, out):
 
 def side_by_side(function, jobs, workers):
     """Yield function(job) of each job as it is done, in processes of their own; the first error ends all."""
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         futures = [pool.submit(function, job) for job in jobs]
         try:
             for future in as_completed(futures):
@@ -241,6 +243,16 @@ def side_by_side(function, jobs, workers):
             raise OSError("a process was killed (too little memory?); the same command goes on") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def end_with_parent():
+    """End this process when the one that started it ends, or is killed: it would wait for work for good."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def train_alone(space, path, recipe, sharing, seed, device, amp, out, arch):

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -342,6 +343,35 @@ def test_networks_trained_side_by_side_are_those_trained_in_turn(tiny_data, tmp_
 def test_a_job_that_dies_or_fails_ends_the_others(job, message):
     with pytest.raises((OSError, ValueError), match=message):
         list(search.side_by_side(functools.partial(dies, job), [*range(20)], 2))
+
+
+@pytest.mark.slow
+def test_no_process_outlives_the_one_that_started_it(tmp_path):
+    code = f"""
+        import os, sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        import search
+        def job(number):
+            open(f"{{os.getpid()}}.pid", "w").close()
+            time.sleep(60)
+        if __name__ == "__main__":
+            list(search.side_by_side(job, [1, 2, 3], 2))
+    """
+    (tmp_path / "jobs.py").write_text(textwrap.dedent(code))
+    program = subprocess.Popen([sys.executable, "jobs.py"], cwd=tmp_path, env=ONE_THREAD)
+    await_(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    program.kill()
+    program.wait()
+    numbers = [int(file.stem) for file in tmp_path.glob("*.pid")]
+    await_(lambda: not any(Path(f"/proc/{number}").exists() for number in numbers))
+
+
+def await_(condition, seconds=60):
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def dies(job, number):
