@@ -220,7 +220,7 @@ def read_study():
         return made_with | {"space": SPACE.name, "inherited": {}}
     study = json.loads(STUDY.read_text(encoding="utf-8"))
     for name, value in made_with.items():
-        if study[name] != value:
+        if study.get(name) != value:
             raise ValueError(f"{STUDY} was made with another {name}; remove it")
     return study
 

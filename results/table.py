@@ -109,8 +109,8 @@ def read_table():
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     wanted = {"space": SPACE.name, "recipe": RECIPE, "data": embedded().fingerprint()}
     for name, value in wanted.items():
-        if table[name] != value:
-            raise ValueError(f"{TABLE} was made with {name} {table[name]!r}, not {value!r}; remove it")
+        if table.get(name) != value:
+            raise ValueError(f"{TABLE} was made with {name} {table.get(name)!r}, not {value!r}; remove it")
     return table
 
 
