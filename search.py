@@ -313,14 +313,14 @@ def finalists_of(scores, energy_mj, count):
     return spread(front, count)
 
 
-def baselines_of(space, scores, fits):
-    """Return name -> arch: of each operator alone the fittest network that fits, if there is one."""
-    baselines = {}
+def largest_pures(space, fits, energy_mj, count=8):
+    """Return name -> archs: of each operator alone the few that fit and use the most of the budget."""
+    pures = {}
     for name, archs in space.pures().items():
-        inside = [arch for arch in archs if arch in scores and fits(arch)]
+        inside = sorted(filter(fits, archs), key=lambda arch: (energy_mj(arch), arch))
         if inside:
-            baselines[name] = max(inside, key=lambda arch: (scores[arch], arch))
-    return baselines
+            pures[name] = inside[-count:]
+    return pures
 
 
 def choose(space, data, trained, candidates, energy_mj, device):
@@ -420,16 +420,17 @@ def run_search(space, data, trained, train_all, settings, energy_mj, costs, devi
     fits = make_fits(space, settings["budget"], settings["limits"], energy_mj, costs)  # fits(arch): a bool
     supernet = trained("")  # or read, if an earlier run trained it
     lap("supernet")
-    pures = [arch for archs in space.pures().values() for arch in archs]  # where evolution starts
+    pures = largest_pures(space, fits, energy_mj)
+    start = [arch for archs in pures.values() for arch in archs]
     path = out / "search-state.json"
     scores = search_archs(
-        space, data, supernet, energy_mj, fits, path, settings, seed, device, start=pures,
+        space, data, supernet, energy_mj, fits, path, settings, seed, device, start=start,
         **settings["evolution"],
     )
     if not scores:
         raise ValueError(f"no arch of space {space.name} was found inside the limits in {TRIES} draws each")
     lap("search")
-    baselines = baselines_of(space, scores, fits)
+    baselines = {name: max(archs, key=lambda arch: (scores[arch], arch)) for name, archs in pures.items()}
     finalists = finalists_of(scores, energy_mj, settings["finalists"])
     candidates = dict.fromkeys([*finalists, *baselines.values()])  # each once
     train_all(candidates)

@@ -325,8 +325,10 @@ def write_study(study):
     for name, measures in results.items():
         params, _ = count_parameters(SPACE, name)
         cells = [f"{params:,}", f"{params / none:.2f}", f"{params / none_ps:.2f}"]
-        times = np.divide(study["ms"][name], study["ms"]["none"]) if "ms" in study else [math.nan]
-        cells += [f"{np.median(times):.2f}", str(len(measures["recall"]))]
+        ratio = ""  # times are taken last
+        if "ms" in study:
+            ratio = f"{np.median(np.divide(study['ms'][name], study['ms']['none'])):.2f}"
+        cells += [ratio, str(len(measures["recall"]))]
         cells += [with_spread(measures["mean accuracy"], 1), with_spread(measures["Kendall tau"])]
         rows.append([name, *cells, with_spread(measures["recall"])])
     titles = "sharing|params|of none|of none, PS shift|step of none|supernets|mean accuracy %|Kendall tau"

@@ -189,10 +189,16 @@ def test_the_cheapest_within_a_standard_error_of_the_best_wins():
     assert winner == "ss/ss/ss" and [row[0] for row in retrained] == archs
 
 
-def test_each_operator_alone_is_a_baseline_of_its_fittest_size_that_fits():
-    scores = {"ss/ss/ss": 70.0, "ss/sss/sss": 75.0, "ss/sss/ss": 80.0, "cc/cc/cc": 90.0, "sc/as/st": 99.0}
-    baselines = search.baselines_of(FASHION, scores, lambda arch: "c" not in arch and arch != "ss/sss/ss")
-    assert baselines == {"all-shift": "ss/sss/sss"}
+@pytest.mark.parametrize("space", [FASHION, TOKEN_SPACES["translation"]], ids=lambda space: space.name)
+def test_of_each_operator_alone_the_largest_that_fit_are_candidates(space):
+    energy_mj, costs = costs_of(space)
+    fits = search.make_fits(space, 0.6, {}, energy_mj, costs)
+    pures = search.largest_pures(space, fits, energy_mj, 3)
+    assert "all-shift" in pures and pures.keys() <= space.pures().keys()
+    for name, archs in pures.items():
+        others = [arch for arch in space.pures()[name] if fits(arch) and arch not in archs]
+        assert 1 <= len(archs) <= 3 and set(archs) <= set(space.pures()[name]) and all(map(fits, archs))
+        assert max(map(energy_mj, others), default=0) <= min(map(energy_mj, archs))
 
 
 def test_random_hybrids_have_the_energy_of_the_winner_and_several_operators():
