@@ -28,6 +28,7 @@ from torch import nn
 import train
 from data.images import FITNESS_IMAGES
 from results.operators import median_ms
+from results.search import with_spread
 from results.table import SPACE, embedded, kendall_tau, known_part, markdown, read_table
 from search import side_by_side
 from shiftaddnas import BINS, OPS, REACH, SPACES, SharedWeight, ShiftConv2d, Supernet, power_of_two
@@ -311,12 +312,6 @@ def judge(study):
     return results, len(archs)
 
 
-def with_spread(values, digits=2):
-    """Return "mean ± standard deviation" of the values of a few seeds."""
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
-
-
 def write_study(study):
     """Write the tables between the marks of results/sharing.md."""
     results, count = judge(study)
@@ -329,8 +324,8 @@ def write_study(study):
         if "ms" in study:
             ratio = f"{np.median(np.divide(study['ms'][name], study['ms']['none'])):.2f}"
         cells += [ratio, str(len(measures["recall"]))]
-        cells += [with_spread(measures["mean accuracy"], 1), with_spread(measures["Kendall tau"])]
-        rows.append([name, *cells, with_spread(measures["recall"])])
+        cells += [with_spread(measures["mean accuracy"], 1), with_spread(measures["Kendall tau"], 2)]
+        rows.append([name, *cells, with_spread(measures["recall"], 2)])
     titles = "sharing|params|of none|of none, PS shift|step of none|supernets|mean accuracy %|Kendall tau"
     lines = [f"Against {count:,} networks trained alone with two seeds."]
     lines += markdown([*titles.split("|"), f"recall of the best {TOP:.0%}"], rows)

@@ -154,3 +154,11 @@ def test_shiftaddnas_cut_above_a_banner_runs_alone(banner, tmp_path):
     code, expected = BANNERS[banner]
     out, _ = python(f"import torch\nfrom torch import nn\nfrom layers import *\n{code}", tmp_path)
     assert out == expected + "\n"
+
+
+@pytest.mark.parametrize("page", ["results/search.md", "results/translation/search.md"])
+def test_the_readme_shows_the_figures_of_the_results(page):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if "±" in line]
+    for name, accuracy, *_ in [row for row in rows if len(row) > 2]:
+        assert accuracy in readme, (name, accuracy)
