@@ -378,7 +378,8 @@ def verdict(rows):
     dominating = []
     for row in others:
         difference = winner[measure] - row[measure]
-        errors = difference / math.hypot(winner["standard_error"], row["standard_error"])
+        error = math.hypot(winner["standard_error"], row["standard_error"])
+        errors = difference / max(error, 0.01)  # a BLEU of 0 has no error
         share = winner["energy_mj"] / row["energy_mj"]
         part = f"{difference:+.2f} ({errors:+.1f} SE) against {row['name']} at {share:.0%} of its energy"
         parts.append(part)

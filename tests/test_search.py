@@ -225,6 +225,7 @@ def test_the_verdict_names_who_dominates_and_differences_in_standard_errors(accu
     rows = []
     for name, (value, energy) in names.items():
         rows.append({"name": name, "test_accuracy": value, "standard_error": 0.3, "energy_mj": energy})
+    assert search.verdict([row | {"standard_error": 0.0} for row in rows])  # BLEU 0, say, of all
     text = search.verdict(rows)
     assert text.startswith(f"the winner is {head}: ") and part in text
 
