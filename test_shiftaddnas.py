@@ -734,18 +734,20 @@ def test_the_story_from_the_supernet_over_the_search_to_the_table(tiny_data, tmp
     text = (out / "search.json").read_text()
     result = json.loads(text)
     rows = {row["name"]: row for row in result["table"]}
-    assert list(rows) == ["all-conv", "all-shift", "all-add", "random", "winner"]
+    assert list(rows)[:3] == ["reference", "all-shift", "all-add"] and list(rows)[-1] == "winner"
     for row in rows.values():
         network = build(FASHION, row["arch"])
         assert row["params"] == parameters(network)
         assert row["energy_mj"] == arch_costs(FASHION, row["arch"])["energy_mj"]
-    assert rows["winner"]["energy_mj"] <= 0.5 * rows["all-conv"]["energy_mj"]
-    assert rows["all-conv"]["test_accuracy"] > 50  # of ten classes, after 30 steps
-    finalists = result["finalists"]  # (arch, fitness, fitness retrained), the best retrained one first
-    assert finalists[0][0] == result["winner"] == rows["winner"]["arch"]
-    assert finalists[0][2] == max(retrained for _, _, retrained in finalists)
-    assert sorted(result["scores"].values())[-2:] == sorted(fitness for _, fitness, _ in finalists)
-    for name in ("supernet", "retrain-" + FASHION.file_name(rows["all-conv"]["arch"])):
+    reference = rows["reference"]
+    assert rows["winner"]["energy_mj"] <= 0.5 * reference["energy_mj"]
+    assert reference["test_accuracy"] > 50  # of ten classes, after 30 steps
+    best = max(result["finalists"], key=lambda row: row[1])  # of (arch, validation accuracy, its error)
+    equals = [arch for arch, accuracy, _ in result["finalists"] if accuracy >= best[1] - best[2]]
+    energies = {arch: arch_costs(FASHION, arch)["energy_mj"] for arch in equals}
+    assert result["winner"] == rows["winner"]["arch"] in equals
+    assert energies[result["winner"]] == min(energies.values())
+    for name in ("supernet", "retrain-" + FASHION.file_name(reference["arch"])):
         log = losses(out / f"{name}.jsonl")
         assert sum(log[-6:]) < sum(log[:6])  # it learns
     (out / "search.json").unlink()
