@@ -335,11 +335,12 @@ def test_networks_trained_side_by_side_are_those_trained_in_turn(tiny_data, tmp_
     archs = ["cc/cc/cc", "ss/sa/tt", "aa/st/cc"]
     recipe = train.make_recipe("fashion", {"epochs": 1, "batch": 20})
     settings = (FASHION, str(tiny_data), recipe, "naive", 0, "cpu", False)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # this process is run with one
+    threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     search.make_train_all(*settings, tmp_path / "two")(archs)
     for arch in archs:
-        search.train_alone(*settings, tmp_path / "one", arch)
+        search.train_alone(*settings, tmp_path / "one", arch)  # with one thread, as in the other processes
+        torch.set_num_threads(threads)
         paths = [search.checkpoint(FASHION, arch, tmp_path / name) for name in ("one", "two")]
         one, two = [torch.load(path)["model"] for path in paths]
         assert all(value.equal(two[name]) for name, value in one.items())
