@@ -27,7 +27,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -258,7 +258,8 @@ def end_with_parent():
 def train_alone(space, path, recipe, sharing, seed, device, amp, out, arch):
     """Train the network of an arch in a process of its own."""
     torch.set_num_threads(1)
-    data = load_data(space, path, recipe, cache=out)
+    with redirect_stdout(None):  # what it says about the data was said before
+        data = load_data(space, path, recipe, cache=out)
     make_trainer(space, data, recipe, sharing, seed, device, amp, out)(arch)
 
 
