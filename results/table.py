@@ -359,6 +359,8 @@ def plot(archs, columns, curves, regrets):
     axes.set_xticklabels(range(1, 7))
     axes.legend(fontsize=8)
     write_figure(figure, TABLE.with_name("table-effects.png"))
+    if not regrets:  # of an unfinished table
+        return
     figure = new_figure(5, 3)
     axes = figure.subplots()
     for method, curve in regrets.items():
@@ -367,8 +369,7 @@ def plot(archs, columns, curves, regrets):
         axes.fill_between(range(1, EVALUATIONS + 1), low, high, alpha=0.2)
     axes.set(xlabel="networks evaluated", ylabel="regret, points", ylim=(0, None))
     axes.legend()
-    if regrets:
-        write_figure(figure, TABLE.with_name("table-search.png"))
+    write_figure(figure, TABLE.with_name("table-search.png"))
 
 
 def main(argv=None):
