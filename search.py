@@ -10,10 +10,11 @@ Run the same command again after an interruption: every phase goes on where it w
 Evolution as in the official search.py: each generation is made of mutations, crossovers and fresh random
 archs, all inside the budget. Fitness is the accuracy on the validation images with inherited weights, after
 batch-norm recalibration (official: on augmented images, averaged over all archs). Parents are those that no
-other one betters in fitness at no more energy (official: the fittest). A few that are spread along that front
-(--finalists) are retrained, and so are the best networks of one operator; the winner is the cheapest one that
-is within a standard error of the best on the validation images (official: the fittest, by inherited weights,
-which rank networks only roughly). Test images make the table, and its last line is the verdict.
+other one betters in fitness at no more energy, then the front behind them (official: the fittest). A few
+along the first front (--finalists) are retrained, and so are the best networks of one operator; the winner is
+the cheapest one that is within a standard error of the best on the validation images (official: the fittest,
+by inherited weights, which rank networks only roughly). Test images make the table; its last line is the
+verdict.
 """
 
 import argparse
@@ -471,7 +472,7 @@ def main(argv=None):
     flag = parser.add_argument
     flag("--limit", action="append", default=[], metavar="KEY=VALUE", help=f"bound {' or '.join(LIMITS)}")
     flag("--accounting", default="official", help="rules of energy and latency: official or uniform")
-    flag("--bits", type=int, default=32, help="of a word in energy and latency: 32 or 8")
+    flag("--bits", type=int, default=32, help="of a word in the costs: 32 or 8 (--set bits=8 trains so)")
     flag("--pe-limit", type=int, default=EYERISS.pe_limit, help="cells of the accelerator's array")
     flag("--generations", type=int, default=5, help="generations after the first")
     flag("--quick", action="store_true", help="a short run, only to see that all works")

@@ -13,7 +13,7 @@ from pathlib import Path
 import train
 from cost_model import ACCOUNTINGS, EYERISS, LEVELS, PRIMITIVES, network_cost, network_layers
 from results.energy import PUBLISHED
-from results.search import TITLES
+from results.search import TITLES, family
 from search import measure_of, pareto_front
 from shiftaddnas import find_space
 
@@ -93,11 +93,6 @@ def plot_pareto(runs, path):
                 axes.scatter(*place, s=size, c=fill, marker=marker, edgecolors="k", label=name)
     axes.legend(fontsize=8)
     write_figure(figure, path)
-
-
-def family(name):
-    """Return the name of a row of the table without its number: random 3 -> random."""
-    return name.rstrip(" 0123456789")
 
 
 def boxes(arch):

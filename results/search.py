@@ -41,11 +41,16 @@ def with_spread(values, digits):
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def family(name):
+    """Return the name of a row of the table without its number: random 3 -> random."""
+    return name.rstrip(" 0123456789")
+
+
 def networks_of(run):
     """Return name -> rows of a search's table; the random hybrids are several rows of one name."""
     networks = {}
     for row in run["table"]:
-        networks.setdefault(row["name"].rstrip(" 0123456789"), []).append(row)
+        networks.setdefault(family(row["name"]), []).append(row)
     return networks
 
 

@@ -136,9 +136,9 @@ def make_supernet(space, name, seed=0):
     return kind(space, FORMS[name][0], seed)
 
 
-def recipe_of(name, **changes):
+def recipe_of(name):
     """Return the recipe of one row of the study."""
-    return train.make_recipe("fashion", FORMS[name][1] | changes)
+    return train.make_recipe("fashion", FORMS[name][1])
 
 
 # --------------------------------------------------------------------------- what is measured
@@ -289,7 +289,11 @@ def count_parameters(space, name):
 
 
 def judge(study):
-    """Return {form: {measure: values, one a supernet}} against the mean test accuracy of training alone."""
+    """Return ({form: {measure: values, one a supernet}}, number of networks that are trained alone).
+
+    The mean accuracy is over all networks; ranking and recall are against the mean test accuracy of training
+    alone.
+    """
     table = read_table()
     archs, columns = known_part(table)
     places = [table["archs"].index(arch) for arch in archs]
@@ -303,8 +307,8 @@ def judge(study):
             accuracies = study["inherited"].get(f"{name} {seed}")
             if accuracies is None:
                 continue
+            measures["mean accuracy"].append(np.mean(accuracies) / 100)
             row = np.array(accuracies)[places] / 100
-            measures["mean accuracy"].append(row.mean())
             measures["Kendall tau"].append(kendall_tau(row, alone))
             measures["recall"].append(len(best & set(np.argsort(-row)[:count].tolist())) / count)
         if measures["recall"]:

@@ -121,8 +121,8 @@ def read_table():
 def known_part(table):
     """Return (archs, {column: array}) of the networks that are trained with every seed.
 
-    Accuracies are (SEEDS, n) in percent, the other columns (n,). Beside the columns of the file there is
-    share_*: energy as a share of the all-conv network's.
+    Accuracies are (SEEDS, n) in percent, energies (n,), as they are and as shares of the all-conv network's.
+    Raises ValueError if there are none.
     """
     columns = {}
     for name in ACCURACIES:
@@ -133,8 +133,8 @@ def known_part(table):
         energy_mj = np.array(table[f"energy_mj_{accounting}"])
         columns[f"energy_mj_{accounting}"] = energy_mj
         columns[f"share_{accounting}"] = energy_mj / energy_mj[reference]
-    for name in ("latency_ms", "params"):
-        columns[name] = np.array(table[name])
+    if not known.any():
+        raise ValueError(f"{TABLE} has no network that is trained with {SEEDS} seeds yet; --train goes on")
     archs = [arch for arch, is_known in zip(table["archs"], known) if is_known]
     return archs, {name: column[..., known] for name, column in columns.items()}
 
@@ -172,7 +172,7 @@ def fronts(archs, columns, accounting):
 
 
 def main_effects(archs, values):
-    """Return (effects, standard error): what each op at each position adds to a value, against convolution.
+    """Return (effects, standard error, share of the variance): what each op adds, against convolution.
 
     Least squares with one term for an op at a position, none for pairs: effects {(position, op): value}.
     """
