@@ -1347,7 +1347,7 @@ class Supernet(nn.Module):
 
     arch = None  # it has all of them
 
-    def __init__(self, space, sharing="heterogeneous", seed=0):
+    def __init__(self, space, sharing="naive", seed=0):
         super().__init__()
         if isinstance(sharing, str) and sharing not in SHARING:
             raise ValueError(f"unknown sharing {sharing!r}; known: {', '.join(SHARING)}")
@@ -1866,18 +1866,18 @@ class Translator(nn.Module):
 
     source (B, S) and target (B, T) token ids, right-padded with PAD, target shifted right behind an EOS;
     logits (B, T, V). Without `arch` it is the supernet, which runs any arch of the space, or a list of one,
-    with prefixes of its weights; with one it is that network, and forward's arch can be left out. sharing
-    "none" or "heterogeneous" (see LightMixing), or a function (shape, ops, std) -> SharedWeight. dropout: of
+    with prefixes of its weights; with one it is that network, and forward's arch can be left out. sharing: a
+    name of SHARING (see LightMixing), or a function (shape, ops, std) -> SharedWeight. dropout: of
     a block of full width, in proportion below; a third of it for attention weights, a tenth for taps, as
     published (0.3, 0.1, 0.03). Raises ValueError for an arch outside the space or an unknown sharing.
     """
 
     bits = 0  # see quantise
 
-    def __init__(self, space, vocabulary, arch=None, sharing="heterogeneous", seed=0, dropout=0.0):
+    def __init__(self, space, vocabulary, arch=None, sharing="naive", seed=0, dropout=0.0):
         super().__init__()
-        if isinstance(sharing, str) and sharing not in ("none", "heterogeneous"):
-            raise ValueError(f"sharing {sharing!r} is not for translation; allowed: none, heterogeneous")
+        if isinstance(sharing, str) and sharing not in SHARING:
+            raise ValueError(f"unknown sharing {sharing!r}; known: {', '.join(SHARING)}")
         self.space = space
         self.vocabulary = vocabulary
         self.sharing = sharing

@@ -447,7 +447,7 @@ def test_an_extracted_network_that_is_trained_keeps_no_other_tensors_in_memory_o
         gc.collect()
         return sum(x.numel() for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
 
-    network = Supernet(FASHION).extract("sa/sat/cc")
+    network = Supernet(FASHION, "heterogeneous").extract("sa/sat/cc")
     before = numbers_in_memory()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     for _ in range(3):
@@ -686,7 +686,7 @@ def test_an_extracted_network_equals_the_supernet_and_shares_nothing_with_it(sha
 
 
 def test_several_archs_share_a_batch_in_equal_parts_of_at_least_two_images():
-    supernet = Supernet(FASHION).eval()
+    supernet = Supernet(FASHION, "heterogeneous").eval()
     archs = FASHION.draw(rng())
     x = torch.randn(8, 1, 28, 28, generator=rng(1))
     parts = [supernet(images, arch) for images, arch in zip(x.split(2), archs)]
@@ -709,7 +709,7 @@ def test_a_seed_decides_the_weights_and_leaves_the_global_generator_alone():
 @pytest.mark.slow
 def test_hytra_and_the_published_network_have_finite_gradients_at_64_pixels():
     generator = rng()
-    supernet = Supernet(replace(HYTRA, widths=(32, 64, 256, 256)))
+    supernet = Supernet(replace(HYTRA, widths=(32, 64, 256, 256)), "heterogeneous")
     for _ in range(3):
         logits = supernet(torch.randn(2, 3, 64, 64, generator=generator), HYTRA.sample(generator))
         logits.square().mean().backward()

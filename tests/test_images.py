@@ -684,7 +684,7 @@ def test_recalibration_gives_the_statistics_of_the_training_images():
 
 def test_fitness_is_the_validation_accuracy_of_the_recalibrated_subnet(tiny_data):
     data = load_images(tiny_data, FASHION)
-    supernet = Supernet(FASHION)
+    supernet = Supernet(FASHION, "heterogeneous")
     network = supernet.extract("cc/cc/cc")
     images.recalibrate(network, data)
     x, y = data.view(data.val_set, np.arange(20))

@@ -380,7 +380,7 @@ def make_network():
 
 
 def make_supernet():
-    return Supernet(SMALL).eval()
+    return Supernet(SMALL, "heterogeneous").eval()
 
 
 def make_translator():
@@ -392,7 +392,7 @@ def make_quantised():
 
 
 def make_token_supernet():
-    return Translator(TRANSLATION, 40).eval()
+    return Translator(TRANSLATION, 40, sharing="heterogeneous").eval()
 
 
 def images(count=3, side=28, seed=0):
@@ -552,8 +552,8 @@ def test_an_exported_network_takes_batches_and_images_of_other_sizes(arch):
 
 COMPILED = {  # name -> what makes the model, the arguments of its forward
     "network": (lambda: build(SMALL, "s/a"), (images(),)),
-    "extracted": (lambda: Supernet(SMALL).extract("a/t"), (images(),)),
-    "supernet": (lambda: Supernet(SMALL), (images(), "a/s")),
+    "extracted": (lambda: Supernet(SMALL, "heterogeneous").extract("a/t"), (images(),)),
+    "supernet": (lambda: Supernet(SMALL, "heterogeneous"), (images(), "a/s")),
 }
 
 
@@ -688,7 +688,7 @@ def test_networks_take_channels_last(name, arch):
     y = other(x.to(memory_format=torch.channels_last))
     assert_near(y, network(x), 1e-4)
     y.sum().backward()
-    Supernet(SMALL).to(memory_format=torch.channels_last)(images(), ARCH).sum().backward()
+    Supernet(SMALL, "heterogeneous").to(memory_format=torch.channels_last)(images(), ARCH).sum().backward()
 
 
 # ------------------------------------------------------------------------------------ other people's networks
@@ -768,7 +768,8 @@ def test_add_layers_behind_batch_norm_move_and_learn_under_plain_sgd_because_of_
 
 
 def test_the_networks_of_this_file_leave_the_gradient_of_their_add_layers_as_it_is():
-    for network in (build(SMALL, "a/ac"), Supernet(SMALL), Supernet(SMALL).extract("a/ac")):
+    supernet = Supernet(SMALL, "heterogeneous")
+    for network in (build(SMALL, "a/ac"), supernet, supernet.extract("a/ac")):
         layers = [layer for layer in network.modules() if isinstance(layer, AddConv2d)]
         assert layers and all(layer.eta is None for layer in layers)
 

@@ -325,7 +325,7 @@ def test_data_measure_a_supernet_a_network_and_samples(tmp_path, capsys):
     data = plain(tmp_path, beam=2)
     space = find_space("translation")
     arch = space.cheapest()[0]
-    supernet = Translator(space, len(data.vocabulary))
+    supernet = Translator(space, len(data.vocabulary), sharing="heterogeneous")
     assert data.fitness(supernet, arch) == -sentences.token_loss(supernet, data.val_pairs, arch)[0]
     network = small_translator(len(data.vocabulary))
     loss, _, error = sentences.token_loss(network, data.val_pairs)

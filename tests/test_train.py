@@ -111,7 +111,6 @@ BAD_FLAGS = [
     ("--space translation --image 32", "image is for images, not for space translation"),
     ("--space translation --set mixup=0.8", "mixup is for images, not for space translation"),
     ("--space translation --arch cc/cc/cc", "arch 'cc/cc/cc' must be of the form"),
-    ("--space translation --set merges=none --sharing naive", "sharing 'naive' is not for translation"),
     ("--space translation --set merges=many", "merges=many: must be a number of merges"),
     ("--space translation --set tokenise=words", "tokenise must be one of 13a, char, got 'words'"),
     ("--space translation --data nowhere.tsv", "nowhere.tsv"),
@@ -156,7 +155,8 @@ def test_warm_up_takes_at_most_a_quarter_of_a_short_run():
 
 def test_the_log_holds_loss_cross_entropy_and_the_archs_of_each_step(tiny, tmp_path):
     for weight, sampling in ((0.5, "fair"), (0.0, "single")):
-        flags = ["--epochs", 1, "--kl-weight", weight, "--set", f"sampling={sampling}"]
+        flags = ["--sharing", "heterogeneous", "--epochs", 1, "--kl-weight", weight]
+        flags += ["--set", f"sampling={sampling}"]
         run(*tiny, *flags, "--out", tmp_path)
         lines = [json.loads(line) for line in (tmp_path / "supernet.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
@@ -660,8 +660,8 @@ def start_processes(count, program, *flags):
     )
 
 
-SEVERAL = {  # naive: a balanced add gradient is thousands of times the true one, and so is its rounding noise
-    "plain": ["--sharing", "naive", "--epochs", 2, "--accumulate", 6],
+SEVERAL = {
+    "plain": ["--sharing", "heterogeneous", "--epochs", 2, "--accumulate", 6],
     "whole recipe": ["--epochs", 3, "--accumulate", 4, *WHOLE_RECIPE],
 }
 

@@ -15,7 +15,7 @@ import shiftaddnas
 from conftest import parameters, rng
 from data.sentences import beam_search
 from shiftaddnas import (
-    EOS, PAD, SHARING, TOKEN_SPACES, TYPES, LightMixing, PrefixLinear, Translator, attend, mix_tokens,
+    EOS, PAD, TOKEN_SPACES, TYPES, LightMixing, PrefixLinear, Translator, attend, mix_tokens,
     quantise, read_arch,
 )
 
@@ -274,7 +274,7 @@ ARCHS = [SMALL.validate(arch_of(kind)) for kind in TYPES]
 
 @pytest.mark.parametrize("sharing", ["none", "naive", "heterogeneous"])
 def test_an_extracted_translator_equals_the_supernet(sharing):
-    supernet = Translator(SMALL, 50, sharing=SHARING[sharing] or "none").eval()
+    supernet = Translator(SMALL, 50, sharing=sharing).eval()
     for arch in ARCHS:
         network = supernet.extract(arch)
         torch.testing.assert_close(network(*token_batch()), supernet(*token_batch(), arch))
@@ -283,7 +283,7 @@ def test_an_extracted_translator_equals_the_supernet(sharing):
 
 
 def test_a_sentence_alone_token_by_token_equals_its_place_in_a_batch():
-    supernet = Translator(SMALL, 50).eval()
+    supernet = Translator(SMALL, 50, sharing="heterogeneous").eval()
     source, target = token_batch()
     for arch in ARCHS:
         whole = supernet(source, target, arch)
@@ -294,7 +294,7 @@ def test_a_sentence_alone_token_by_token_equals_its_place_in_a_batch():
 
 
 def test_no_target_token_sees_the_future():
-    supernet = Translator(replace(SMALL, tied=False), 50).eval()
+    supernet = Translator(replace(SMALL, tied=False), 50, sharing="heterogeneous").eval()
     source, target = token_batch()
     target[:, :4] = 5
     target[:, 4:] = 7
@@ -324,7 +324,7 @@ def test_the_gradient_is_that_of_float64_differences(kind):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_float32_gradients_of_every_type_are_those_of_float64(kind):
-    supernet = Translator(SMALL, 50).eval()
+    supernet = Translator(SMALL, 50, sharing="heterogeneous").eval()
     gradients = []
     for network in (supernet, copy.deepcopy(supernet).double()):
         network(*token_batch(), arch_of(kind)).square().mean().backward()
@@ -337,7 +337,7 @@ def test_float32_gradients_of_every_type_are_those_of_float64(kind):
 
 
 def test_operators_of_a_layer_share_their_projections_and_taps():
-    block = Translator(SMALL, 50).encoder[0]
+    block = Translator(SMALL, 50, sharing="heterogeneous").encoder[0]
     for name, letters in (("whole", "CAS"), ("split", "CAS")):
         light = block.light[name]
         assert light.first.weight is light.shift.weight and light.taps.slopes is not None
@@ -349,7 +349,7 @@ def test_operators_of_a_layer_share_their_projections_and_taps():
 
 
 def test_the_divergence_counts_the_density_of_the_taps_that_each_layer_reads():
-    supernet = Translator(SMALL, 50)
+    supernet = Translator(SMALL, 50, sharing="heterogeneous")
     for kind, op in (("C", "conv"), ("A", "add"), ("S", "add")):
         arch = SMALL.pure(kind)
         readers = [(block.light["whole"].taps, op) for block in supernet.encoder]
@@ -365,7 +365,7 @@ def copies(supernet):
     torch.save(supernet, file)
     file.seek(0)
     yield torch.load(file, weights_only=False)
-    other = Translator(SMALL, 50, seed=1)
+    other = Translator(SMALL, 50, sharing="heterogeneous", seed=1)
     other.load_state_dict(copy.deepcopy(supernet.state_dict()), assign=True)
     yield other
     yield torch.optim.swa_utils.AveragedModel(supernet).module
@@ -378,7 +378,7 @@ def test_a_supernet_of_translation_and_its_copies_have_equal_gradients_bit_for_b
         (loss + model.divergence(SMALL.pure("A"))).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    supernet = Translator(SMALL, 50)
+    supernet = Translator(SMALL, 50, sharing="heterogeneous")
     expected = gradients(supernet)
     for model in copies(supernet):
         copied = gradients(model)
@@ -394,8 +394,8 @@ def test_the_iwslt_space_has_three_embeddings_and_the_others_one(name, count):
 
 
 def test_an_unknown_sharing_and_an_arch_outside_the_space_are_refused():
-    with pytest.raises(ValueError, match="'naive' is not for translation; allowed: none, heterogeneous"):
-        Translator(SMALL, 50, sharing="naive")
+    with pytest.raises(ValueError, match="unknown sharing 'some'; known: none, naive, heterogeneous"):
+        Translator(SMALL, 50, sharing="some")
     with pytest.raises(ValueError, match="must be of the form"):
         Translator(SMALL, 50, "cc/sa/tt")
 
@@ -414,7 +414,7 @@ def test_quantised_layers_read_few_levels_and_pass_gradients():
     assert all(p.grad.isfinite().all() for p in network.parameters())
     layers = [(name, layer) for name, layer in network.named_modules() if hasattr(layer, "quantiser")]
     assert all(layer.quantiser.bits == 8 * (".cross." not in name) for name, layer in layers)
-    extracted = quantise(Translator(SMALL, 50), 8).eval().extract(SMALL.pure("S"))
+    extracted = quantise(Translator(SMALL, 50, sharing="heterogeneous"), 8).eval().extract(SMALL.pure("S"))
     assert extracted.encoder[0].light["whole"].first.quantiser.bits == 8
 
 
