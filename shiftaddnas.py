@@ -54,6 +54,8 @@ Deviations from the official code (github.com/RICE-EIC/ShiftAddNAS, folder CV), 
         W2. On the embedded verses it lifts the all-add encoder from 2.2 to 13.0 BLEU.
     D11 A training step gives each operator of a position a part of the images (SearchSpace.draw); theirs
         draws one path a step.
+    D12 By default conv, shift and add share a weight without T ("naive"). T (theirs, "heterogeneous") makes
+        inherited weights more accurate, but is not seen to rank networks better (results/sharing.md).
 """
 
 import copy
@@ -292,7 +294,7 @@ class SharedWeight(nn.Module):
     outer ones open. The slopes start at the map from the Gaussian to the Laplacian, quantile to quantile,
     T(w) = F_Laplace^-1(Phi(w / std)) = -sign(w) b (log 2 + log Phi(-|w| / std)), which is monotone; with
     gain = sqrt(1/2) T(w) has the variance of w. The choice of a bin carries no gradient.
-    transform=False is plain sharing: add reads w.
+    transform=False is plain sharing, the default of a supernet (D12): add reads w.
     Source: abstract; official hytra_ops_ws_dist.py (deviations D3, D4, D5).
     """
 
@@ -1339,9 +1341,9 @@ class Supernet(nn.Module):
     """All networks of a space at once: logits = supernet(x, arch), x (N, C, H, W) -> (N, classes).
 
     One cell per (position, stage) that some arch reaches, in it one Block per op. `sharing` says what conv,
-    shift and add of a cell share: a name of SHARING, or a function (shape, ops) -> SharedWeight. Never
-    shared: PEG, BN, attention, stem, head. A list of archs: each gets an equal part of the images, in their
-    order, two at least for batch norm, so a small batch leaves the last archs out.
+    shift and add of a cell share: a name of SHARING, "heterogeneous" for the paper's, or a function (shape,
+    ops) -> SharedWeight. Never shared: PEG, BN, attention, stem, head. A list of archs: each gets an equal
+    part of the images, in their order, two at least for batch norm, so a small batch leaves the last out.
     Source: official hytra_supernet.py, hytra_supernet_ws.py, hytra_supernet_ws_dist.py.
     """
 

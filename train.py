@@ -516,7 +516,7 @@ def add_flags(parser, *keys):
         name = f"--{key.replace('_', '-')}"
         short = f"{key}={{}}".format  # 3 -> epochs=3
         flag(name, action="append", dest="set", type=short, metavar="N", help=f"short for --set {key}=N")
-    flag("--sharing", default="naive", choices=SHARING, help="weights of conv, shift and add")
+    flag("--sharing", default="naive", choices=SHARING, help="of weights; heterogeneous is the paper's")
     flag("--seed", type=int, default=0, help="seed of initialisation, images and archs")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     flag("--amp", action="store_true", help="forward passes in bfloat16")

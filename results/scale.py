@@ -32,7 +32,7 @@ def random_images(folder, space, count):
         np.save(Path(folder) / f"{split}_labels.npy", np.arange(n) % space.classes)
 
 
-def activation_bytes(space, arch, sharing="heterogeneous", batch=1):
+def activation_bytes(space, arch, sharing="naive", batch=1):
     """Return what the backward pass of a batch keeps of the forward pass, counted on the meta device."""
     sizes = {}  # storage -> bytes of a tensor with a row for each image
 

@@ -455,10 +455,22 @@ def test_main_effects_are_those_that_a_sum_was_made_of():
         effects |= {(position, op): draw.normal() for op in ("sa" if position < 2 else "sat")}
     blocks = [arch.replace("/", "") for arch in archs]
     values = np.array([80 + sum(effects.get(pair, 0) for pair in enumerate(block)) for block in blocks])
-    found, error, explained = table.main_effects(archs, values)
-    assert found == pytest.approx(effects) and error < 1e-9 and explained == pytest.approx(1)
+    found, error, fitted = table.main_effects(archs, values)
+    assert found == pytest.approx(effects) and error < 1e-9 and fitted == pytest.approx(values)
     _, error, _ = table.main_effects(archs, values + draw.normal(0, 1, 400))
     assert 0.05 < error < 0.5
+
+
+def test_the_rank_of_a_winner_counts_the_better_networks_inside_its_budget():
+    archs, columns = random_table(400)
+    energies = columns["energy_mj_official"] = columns["share_official"]
+    budget = float(np.median(energies))
+    winner = int(energies.argmin())
+    mean = columns["test_accuracy"].mean(0)
+    better = sum(mean[i] > mean[winner] for i in range(400) if energies[i] <= budget)
+    runs = [{"winner": arch, "budget": {"energy_mj": budget}} for arch in (archs[winner], "cc/cc/none")]
+    ((arch, rank, _, count),) = table.ranks(runs, archs, columns)
+    assert (arch, rank, count) == (archs[winner], better + 1, int((energies <= budget).sum()))
 
 
 def test_kendall_tau_counts_pairs():
