@@ -7,7 +7,7 @@ trained so that the best mix for an energy budget can be searched.
 Reading order
     §1 rounding      power_of_two, fixed_point: weights and activations on a shift's grid
     §2 operators     add_conv2d, shift_conv2d, attention2d: pure functions of (x, weight, ...)
-    §3 sharing       SharedWeight: one tensor that conv, shift and add read; T(w); the divergence
+    §3 sharing       SharedWeight: one tensor that conv, shift and add read, add through T(w); the divergence
     §4 torch         the add operator's arguments, dtypes, autograd, vmap and compiled kernels
     §5 blocks        AddConv2d, ShiftConv2d: drop-in layers; convert; Block: one bottleneck of any op
     §6 space         SearchSpace: size, sample, validate, mutate, crossover of arch strings; SPACES
@@ -26,7 +26,7 @@ Where an idea of the paper stands
     hybrid search space             SPACES, SearchSpace                  §6
     shift weights (DeepShift)       power_of_two (Q), shift_weight (PS)  §1
     add layer (AdderNet)            add_conv2d §2; its gradients: _AddConv2d §4
-    heterogeneous weight sharing    SharedWeight, kl_divergence          §3
+    heterogeneous weight sharing    SharedWeight, kl_divergence (D12)    §3
     supernet loss                   train.py: cross-entropy + kl_weight * supernet.divergence(archs)
     evolutionary search             search.py;  energy and latency: cost_model.py
 
@@ -54,8 +54,8 @@ Deviations from the official code (github.com/RICE-EIC/ShiftAddNAS, folder CV), 
         W2. On the embedded verses it lifts the all-add encoder from 2.2 to 13.0 BLEU.
     D11 A training step gives each operator of a position a part of the images (SearchSpace.draw); theirs
         draws one path a step.
-    D12 By default conv, shift and add share a weight without T ("naive"). T (theirs, "heterogeneous") makes
-        inherited weights more accurate, but is not seen to rank networks better (results/sharing.md).
+    D12 By default conv, shift and add share a weight without T ("naive"). T ("heterogeneous", the paper's)
+        makes inherited weights more accurate, but is not seen to rank networks better (results/sharing.md).
 """
 
 import copy
@@ -323,7 +323,7 @@ class SharedWeight(nn.Module):
         return w * slopes.view_as(w)
 
     def sample(self, op, limit=512):
-        """Return about `limit` evenly strided elements that an op reads, in units of their target density."""
+        """Return about `limit` evenly strided elements of w, for add of T(w), in units of the target."""
         step = max(1, self.w.numel() // limit)
         w = self.w.flatten()[::step]  # (n,), each of them with its gradient
         return self.transform(w) / self.b if op == "add" else w / self.std
@@ -467,7 +467,10 @@ def conv_shape(x_size, w_size, stride, padding, groups):
 
 @torch.library.custom_op("shiftaddnas::add_conv2d", mutates_args=())
 def add_conv2d_op(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int, groups: int) -> torch.Tensor:
-    """Run add_conv2d forward: a kernel where one serves this dtype and device, else the definition."""
+    """Run add_conv2d forward: a kernel where one serves this dtype and device, else the definition.
+
+    It has no rule for vmap, so torch runs it member by member, and says so once.
+    """
     shape = conv_shape(x.shape, w.shape, stride, padding, groups)
     library = kernels_for(x)
     if library is None:
@@ -500,40 +503,6 @@ def _(x, w, stride, padding, groups):
 @add_conv2d_grad_x_op.register_fake
 def _(g, x, w, stride, padding, groups):
     return x.new_empty(x.shape)
-
-
-def as_groups(tensors, in_dims, size):
-    """Lay `size` mapped tensors side by side as channels: each (N, C, H, W) -> (N, size C, H, W)."""
-    merged = []
-    for tensor, dim in zip(tensors, in_dims):
-        mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        merged.append(mapped.transpose(0, 1).flatten(1, 2))
-    return merged
-
-
-@add_conv2d_op.register_vmap
-def _(info, in_dims, x, w, stride, padding, groups):
-    size = info.batch_size
-    if in_dims[1] is None:  # one weight: the mapped images are just more images
-        images = x.movedim(in_dims[0], 0)  # (size, N, C, H, W)
-        y = add_conv2d_op(images.flatten(0, 1), w, stride, padding, groups)
-        return y.unflatten(0, images.shape[:2]), 0
-    (images,) = as_groups([x], in_dims[:1], size)  # many weights: they stand side by side as groups
-    filters = w.movedim(in_dims[1], 0).flatten(0, 1)  # (size M, C/G, KH, KW)
-    y = add_conv2d_op(images, filters, stride, padding, size * groups)
-    return y.unflatten(1, (size, -1)), 1
-
-
-@add_conv2d_grad_x_op.register_vmap
-def _(info, in_dims, g, x, w, stride, padding, groups):
-    size = info.batch_size
-    g, x = as_groups([g, x], in_dims[:2], size)
-    if in_dims[2] is None:
-        w = w.expand(size, *w.shape)
-    else:
-        w = w.movedim(in_dims[2], 0)
-    grad = add_conv2d_grad_x_op(g, x, w.flatten(0, 1), stride, padding, size * groups)
-    return grad.unflatten(1, (size, -1)), 1
 
 
 class _AddGradX(torch.autograd.Function):
@@ -586,12 +555,7 @@ def product_grad_w(g, x, w, stride, padding, groups):
     """Return the weight gradient of the convolution of this geometry: sum of g * x."""
     if x.shape[2:] == w.shape[2:] == (1, 1) and padding == 0 and groups == 1:  # a linear layer: one product
         return (g[:, :, 0, 0].T @ x[:, :, 0, 0])[:, :, None, None]
-    backward = torch.ops.aten.convolution_backward
-    want_weight_only = (False, True, False)
-    gradients = backward(
-        g, x, w, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups, want_weight_only
-    )
-    return gradients[1]
+    return torch.nn.grad.conv2d_weight(x, w.shape, g, stride, padding, groups=groups)
 
 
 def kernels_for(x):
@@ -1766,8 +1730,8 @@ class LightMixing(nn.Module):
 
     A and S take the mean over the K taps, y / K (D10). `letters` says which of them it can be. If several,
     they share: W1 and W2 by all, W1 read as powers of two is S's shift layer too, and the taps are one
-    SharedWeight, w for C and T(w) for A and S. Padded tokens are set to 0 after the projections, so that a
-    sentence's result does not depend on its batch (D9).
+    SharedWeight, which A and S read through its T if it has one. Padded tokens are set to 0 after the
+    projections, so that a sentence's result does not depend on its batch (D9).
     Source: official lightconv_layer.py, lightadd_layer.py, lightshiftadd_layer.py.
     """
 

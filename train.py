@@ -13,11 +13,13 @@ sampling=single, and translation: one arch, as the official code). It minimises
 
     cross-entropy(supernet(x, archs), y) + kl_weight * divergence(archs)
 
-with the settings of a row of RECIPES, which --recipe and --set KEY=VALUE change. Log: <out>/<name>.jsonl.
-The recipes of `hytra` and `bossnet_*` are the official ones, but: archs are drawn fairly; the first epochs
-train (theirs step at 1e-6); a supernet is judged by fixed archs with statistics of their own (theirs: random
-ones, shared statistics); test images are normalised as training images; crops are bilinear; RandAugment lacks
-equalise and sharpen; no drop-path, which theirs ignore; the EMA average is returned (theirs is not used).
+with the settings of a row of RECIPES, which --recipe and --set KEY=VALUE change. The divergence is that of
+--sharing heterogeneous, else 0. Log: <out>/<name>.jsonl.
+The recipes of `hytra` and `bossnet_*` are the official ones, but: T is an option; archs are drawn fairly; the
+first epochs train (theirs step at 1e-6); a supernet is judged by fixed archs with statistics of their own
+(theirs: random ones, shared statistics); test images are normalised as training images; crops are bilinear;
+RandAugment lacks equalise and sharpen; no drop-path, which theirs ignore; the EMA average is returned (theirs
+is not used).
 """
 
 import argparse
@@ -189,7 +191,7 @@ def train(model, data, recipe, path, seed=0, device="cpu", amp=False, resume=Fal
 
     resume: go on from `path` if it exists. Raises ValueError at the first loss that is not finite.
     """
-    model.to(device, memory_format=torch.channels_last).train()  # convolutions and batch norms are faster
+    model.to(device, memory_format=torch.channels_last).train()  # a fifth faster on a CPU
     optimizer = make_optimizer(model, recipe)
     average = make_average(model, recipe)
     generator = torch.Generator().manual_seed(seed)  # of images and archs
@@ -250,7 +252,7 @@ def draw_batches(data, rows, accumulate, generator, device):
 
 
 def make_optimizer(model, recipe):
-    """Return AdamW; vectors (batch norm, bias, slopes of T) get no decay."""
+    """Return AdamW; vectors (batch norm, bias, slopes of a T) get no decay."""
     matrices = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay}
     vectors = {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}
     return torch.optim.AdamW([matrices, vectors], lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)

@@ -1,6 +1,6 @@
 """Draw the figures of the results: PNG files beside search.json, energy.png, and the winners as text.
 
-    python -m results.figures                   results/*.png and results/translation/*.png
+    python -m results.figures                   archs, pareto, energy.png; results/translation/
     python -m results.figures out               out/pareto.png of one search
 
 Ten seconds; needs matplotlib (pip install matplotlib).
@@ -8,6 +8,7 @@ Ten seconds; needs matplotlib (pip install matplotlib).
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import train
@@ -137,7 +138,8 @@ def plot_archs(runs, path):
 
 def plot_energy(space, winner, path):
     """Draw energy by operator and memory level, official and uniform, of a published network and a winner."""
-    name, published_space, arch, ((image, _), *_) = PUBLISHED[0]
+    name, published_space, arch, ((image, limit), *_) = PUBLISHED[0]
+    hardware = replace(EYERISS, pe_limit=limit)  # as the record of this network has it
     networks = {
         f"{name}, {image} x {image}": network_layers(published_space, arch, image),
         f"{space} {winner}": network_layers(space, winner),
@@ -149,7 +151,8 @@ def plot_energy(space, winner, path):
         for axes, accounting in zip(pair, ACCOUNTINGS):
             bars = {}
             for op in PRIMITIVES:
-                cost = network_cost([layer for layer in layers if layer.op == op], 32, accounting, EYERISS)
+                rows = [layer for layer in layers if layer.op == op]
+                cost = network_cost(rows, 32, accounting, hardware)
                 if cost.energy_mj:
                     bars[op] = cost._asdict()
             below = [0.0] * len(bars)
@@ -161,7 +164,7 @@ def plot_energy(space, winner, path):
                     label=label,
                 )
                 below = [low + height for low, height in zip(below, heights)]
-            total_mj = network_cost(layers, 32, accounting, EYERISS).energy_mj
+            total_mj = network_cost(layers, 32, accounting, hardware).energy_mj
             axes.set_title(f"{title}, {accounting}: {total_mj:.3g} mJ", fontsize=10)
             axes.set_ylabel("energy (mJ)")
     figure.axes[0].legend(loc="upper right")

@@ -58,7 +58,7 @@ def now(device):
 
 def measure(model, data, recipe, device, amp):
     """Return the mean seconds that a step's images take to read and augment, and to train on."""
-    model.to(device).train()
+    model.to(device, memory_format=torch.channels_last).train()
     optimizer = train.make_optimizer(model, recipe)
     generator = torch.Generator().manual_seed(0)
     rows = data.epoch(recipe.batch * recipe.accumulate, generator)[0]  # of the images of every step

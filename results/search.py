@@ -5,7 +5,7 @@
     for s in 0 1 2; do python search.py --space small --seed $s --out out/small-$s; done
     python -m results.search out/small-0 out/small-1 out/small-2 --to results/small
 
-Seconds, once the searches are done (four minutes a seed for images, a quarter of an hour for translation).
+Seconds, once the searches are done (three minutes a seed for images, a quarter of an hour for translation).
 """
 
 import argparse

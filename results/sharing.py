@@ -6,8 +6,8 @@
 
 For each way of sharing and each seed a supernet is trained with the recipe of search.py. All 2,304 networks
 are scored with its weights on validation images, and their order is compared with that of results/table.json,
-where each was trained alone. `--weights out/supernet.pt` draws sharing.png of a trained supernet instead: the
-largest shared weight as each op reads it.
+where each was trained alone. `--weights FILE` draws sharing.png of a supernet that `python train.py --sharing
+heterogeneous` trained instead: the largest shared weight as each op reads it.
 """
 
 import argparse
@@ -235,7 +235,7 @@ def time_steps(space, data):
     rows = {}
     for name in FORMS:
         recipe = recipe_of(name)
-        supernet = make_supernet(space, name).train()
+        supernet = make_supernet(space, name).to(memory_format=torch.channels_last).train()
         rows[name] = recipe, supernet, train.make_optimizer(supernet, recipe), []
     for _ in range(TIMED_STEPS + 2):
         inputs, y = data.batch(data.epoch(100, generator)[0], generator, "cpu")
@@ -360,8 +360,9 @@ def plot_weights(checkpoint, path):
     """Draw histograms of the largest shared weight as each op reads it, with target and fitted densities."""
     from matplotlib.figure import Figure
 
-    supernet = make_supernet(SPACES["fashion"], "heterogeneous")
-    supernet.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
+    supernet = train.load_model(checkpoint, train.load_checkpoint(checkpoint))
+    if getattr(supernet, "sharing", None) != "heterogeneous":
+        raise ValueError(f"{checkpoint} is not a supernet with --sharing heterogeneous")
     shared = largest_transformed(supernet)
     w = shared.w
     added = shared.weight_for("add")

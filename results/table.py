@@ -1,8 +1,8 @@
 """Train every network of the `small` space alone, and read from the whole table what each operator adds.
 
     python -m results.table --train     fills results/table.json: 4,608 trainings, one a core at a time
-                                        (8 hours on two cores; the same command resumes it)
-    python -m results.table             rewrites results/table.md and its figures, in a minute
+                                        (5 to 8 hours on two cores; the same command resumes it)
+    python -m results.table             rewrites results/table.md and its figures, in seconds
 
 The space has 2,304 networks: two blocks a resolution, three operators in the first stage and four in the
 others. Each is trained alone with SEEDS seeds: those of one operator first, then those of two, then the rest
@@ -43,7 +43,7 @@ ACCURACIES = ("val_accuracy", "test_accuracy")
 BUDGETS = (0.34, 0.35, 0.36, 0.4, 0.5, 0.75, 1.0)  # shares of the energy of all-conv
 DRAWS = 1000  # of the intervals
 SEARCH_BUDGET = 0.5  # as search.py has it
-EVALUATIONS = 76  # of a search, as many as search.py makes
+EVALUATIONS = 76  # of a search, as many as evolve makes without `start`
 SEARCHES = Path(__file__).parent / "small" / "search.json"  # of python -m results.search --to results/small
 MARK = "<!-- the lines between these marks are written by python -m results.table -->\n"
 TITLE = "# Every network of one hybrid space, trained alone\n\n"
@@ -360,7 +360,7 @@ def plot(archs, columns, curves, regrets):
     figure = new_figure(6, 3)
     axes = figure.subplots()
     for i, op in enumerate("sat"):
-        heights = [effects.get((position, op), 0.0) for position in range(6)]
+        heights = [effects.get((position, op), math.nan) for position in range(6)]
         fill, _, hatch = LETTERS[op]
         places = np.arange(6) + 0.27 * (i - 1)
         axes.bar(places, heights, 0.27, yerr=error, color=fill, hatch=hatch, edgecolor="k", label=OPS[op])

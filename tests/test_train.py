@@ -661,7 +661,7 @@ def start_processes(count, program, *flags):
 
 
 SEVERAL = {
-    "plain": ["--sharing", "heterogeneous", "--epochs", 2, "--accumulate", 6],
+    "with T": ["--sharing", "heterogeneous", "--epochs", 2, "--accumulate", 6],
     "whole recipe": ["--epochs", 3, "--accumulate", 4, *WHOLE_RECIPE],
 }
 
@@ -678,9 +678,9 @@ def test_two_processes_take_the_steps_of_one(name, tiny_data, tmp_path):
     steps = [[json.loads(line) for line in log] for log in logs]
     assert [step["archs"] for step in steps[0]] == [step["archs"] for step in steps[1]]
     assert [s["loss"] for s in steps[1]] == pytest.approx([s["loss"] for s in steps[0]], rel=1e-4)
-    if name == "plain":
+    if name == "with T":
         states = [train.load_checkpoint(tmp_path / name / "supernet.pt")["model"] for name in ("one", "two")]
-        start = {name: p.detach() for name, p in Supernet(FASHION, "naive").named_parameters()}
+        start = {name: p.detach() for name, p in Supernet(FASHION, "heterogeneous").named_parameters()}
         apart = distance({name: states[1][name] for name in start}, states[0])
         assert apart < 1e-2 * distance(start, states[0])
 
