@@ -391,9 +391,10 @@ def dies(job, number):
 
 @pytest.mark.slow
 def test_three_processes_search_as_one_does(tiny_data, tmp_path):
-    flags = ["--data", tiny_data, "--epochs", 1, "--batch", 10, "--accumulate", 3, "--generations", 1]
-    flags += ["--finalists", 1, "--device", "cpu", "--out", tmp_path]
-    first = command("train", *flags[:8], *flags[10:12], *flags[14:])
+    common = ["--data", tiny_data, "--epochs", 1, "--batch", 10, "--accumulate", 3, "--device", "cpu"]
+    common += ["--out", tmp_path]
+    flags = [*common, "--generations", 1, "--finalists", 1]
+    first = command("train", *common)
     assert first.returncode == 0, first.stderr
     results = []
     for several in (True, False):  # with the same supernet
