@@ -27,6 +27,7 @@ from torch import nn
 
 import train
 from data.images import FITNESS_IMAGES
+from results.figures import new_figure, write_figure
 from results.operators import median_ms
 from results.search import with_spread
 from results.table import SPACE, embedded, kendall_tau, known_part, markdown, read_table
@@ -358,8 +359,6 @@ def write_study(study):
 @torch.no_grad()
 def plot_weights(checkpoint, path):
     """Draw histograms of the largest shared weight as each op reads it, with target and fitted densities."""
-    from matplotlib.figure import Figure
-
     supernet = train.load_model(checkpoint, train.load_checkpoint(checkpoint))
     if getattr(supernet, "sharing", None) != "heterogeneous":
         raise ValueError(f"{checkpoint} is not a supernet with --sharing heterogeneous")
@@ -379,7 +378,7 @@ def plot_weights(checkpoint, path):
         "shift: power of two of w": (power_of_two(w), None, None),
         "add: T(w)": (added, laplace(shared.b), laplace(added.abs().mean())),
     }
-    figure = Figure((9, 2.6), layout="constrained")
+    figure = new_figure(9, 2.6)
     for axes, (title, (values, target, fitted)) in zip(figure.subplots(1, 3), panels.items()):
         axes.hist(values.clamp(grid[0], grid[-1]).flatten().numpy(), bins=100, density=True, color="0.75")
         if target is not None:
@@ -387,7 +386,7 @@ def plot_weights(checkpoint, path):
             axes.plot(grid, fitted, color="0.3", label="fitted density")
             axes.legend(fontsize=7)
         axes.set_title(title, fontsize=9)
-    figure.savefig(path, dpi=100)
+    write_figure(figure, path)
 
 
 def main(argv=None):
