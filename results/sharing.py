@@ -2,7 +2,7 @@
 
     python -m results.sharing --train     fills results/sharing.json: supernets of the `small` space, one a
                                           core at a time (an hour; the same command resumes it)
-    python -m results.sharing             rewrites the table of results/sharing.md, in seconds
+    python -m results.sharing             rewrites the table of results/sharing.md and its figure, in seconds
 
 For each way of sharing and each seed a supernet is trained with the recipe of search.py. All 2,304 networks
 are scored with its weights on validation images, and their order is compared with that of results/table.json,
@@ -318,7 +318,7 @@ def judge(study):
 
 
 def write_study(study):
-    """Write the tables between the marks of results/sharing.md."""
+    """Write the tables between the marks of results/sharing.md; return what judge() does."""
     results, count = judge(study)
     none, none_ps = count_parameters(SPACE, "none")
     rows = []
@@ -354,6 +354,23 @@ def write_study(study):
     before, _, after = page.read_text(encoding="utf-8").split(MARK)
     train.write_text(before + MARK + "\n".join(lines) + "\n" + MARK + after, page)
     print("\n".join(lines))
+    return results, count
+
+
+def plot_ranking(results, path):
+    """Draw the Kendall tau of every supernet, and the tau of the two seeds of training alone as a line."""
+    _, columns = known_part(read_table())
+    figure = new_figure(6, 2.8)
+    axes = figure.subplots()
+    for place, measures in enumerate(results.values()):
+        taus = measures["Kendall tau"]
+        axes.plot(taus, [place] * len(taus), "o", color="0.6", markersize=5)
+        axes.plot(np.mean(taus), place, "k|", markersize=14)
+    axes.axvline(kendall_tau(*columns["test_accuracy"]), color="k", linestyle="--", linewidth=0.8)
+    axes.set(xlabel="Kendall tau with training alone; dashed: two seeds of training alone", xlim=(0, 1))
+    axes.set_yticks(range(len(results)), list(results))
+    axes.invert_yaxis()
+    write_figure(figure, path)
 
 
 @torch.no_grad()
@@ -400,7 +417,11 @@ def main(argv=None):
         return plot_weights(args.weights, STUDY.with_suffix(".png"))
     if args.train:
         fill(args.processes)
-    write_study(read_study())
+    results, _ = write_study(read_study())
+    try:
+        plot_ranking(results, STUDY.with_name("sharing-tau.png"))
+    except ValueError as error:  # no matplotlib
+        print(error)
 
 
 if __name__ == "__main__":
