@@ -293,6 +293,22 @@ def effect_lines(archs, columns):
     return lines
 
 
+def noise_lines(accuracy, inside):
+    """Return the table of what two seeds tell apart among all networks and among the fitter ones."""
+    mean = accuracy.mean(0)
+    fitter = mean > np.median(mean)
+    named = {"all": fitter | ~fitter, "the fitter half": fitter}
+    named["of those inside the budget"] = fitter & inside
+    rows = []
+    for name, some in named.items():
+        difference = (accuracy[0] - accuracy[1])[some]
+        deviation = difference.std() / math.sqrt(2)  # without what a seed gives to all of them
+        numbers = deviation, mean[some].std(), kendall_tau(*accuracy[:, some])
+        rows.append([name, f"{some.sum():,}", *(f"{number:.2f}" for number in numbers)])
+    titles = "networks|number|deviation of one over seeds|of the means|Kendall tau of the two seeds"
+    return markdown(titles.split("|"), rows)
+
+
 def write_page(table):
     """Write results/table.md but for its reading, which stands below MARK; return the parts for figures."""
     archs, columns = known_part(table)
@@ -301,16 +317,7 @@ def write_page(table):
     mean = accuracy.mean(0)
     lines.append(f"Test accuracy {mean.mean():.2f} %, {mean.min():.2f} to {mean.max():.2f}.")
     inside = columns["share_official"] <= SEARCH_BUDGET
-    fitter = mean > np.median(mean)
-    named = {"all": fitter | ~fitter, "the fitter half": fitter, "of those inside the budget": fitter & inside}
-    rows = []
-    for name, some in named.items():
-        difference = (accuracy[0] - accuracy[1])[some]
-        deviation = difference.std() / math.sqrt(2)  # without what a seed gives to all of them
-        numbers = deviation, mean[some].std(), kendall_tau(*accuracy[:, some])
-        rows.append([name, f"{some.sum():,}", *(f"{number:.2f}" for number in numbers)])
-    titles = "networks|number|deviation of one over seeds|of the means|Kendall tau of the two seeds"
-    lines += markdown(titles.split("|"), rows)
+    lines += noise_lines(accuracy, inside)
     curves = {}
     for accounting in ACCOUNTINGS:
         curves[accounting] = fronts(archs, columns, accounting)
