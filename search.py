@@ -7,14 +7,15 @@
     python search.py --space translation        the same for translation, BLEU in out/translation/search.json
 
 Run the same command again after an interruption: every phase goes on where it was.
-Evolution as in the official search.py: each generation is made of mutations, crossovers and fresh random
-archs, all inside the budget. Fitness is the accuracy on the validation images with inherited weights, after
-batch-norm recalibration (official: on augmented images, averaged over all archs). Parents are those that no
-other one betters in fitness at no more energy, then the front behind them (official: the fittest). A few
-along the first front (--finalists) are retrained, and so are the best networks of one operator; the winner is
-the cheapest one that is within a standard error of the best on the validation images (official: the fittest,
-by inherited weights, which rank networks only roughly). Test images make the table; its last line is the
-verdict.
+Evolution as in the official search.py: each generation is made of mutations and crossovers inside the budget
+(official: and of random archs, which a mutation in vision starts from one time in five anyway). Fitness is
+the accuracy on the validation images with inherited weights, after batch-norm recalibration (official: on
+augmented images, averaged over all archs). Parents are, of the fitter half, those that no other one betters
+in fitness at no more energy, then the front behind them (official: the fittest). Of all archs, many parents
+would be cheap and poor, and so would their children (results/table.md). A few along the first front
+(--finalists) are retrained, and so are the best networks of one operator; the winner is the cheapest one
+that is within a standard error of the best on the validation images (official: the fittest, by inherited
+weights, which rank networks only roughly). Test images make the table; its last line is the verdict.
 """
 
 import argparse
@@ -141,16 +142,17 @@ def best_fronts(scores, energy_mj, count):
 
 
 def evolve(
-    space, score_all, energy_mj, fits, generations=5, first=16, parents=8, mutations=5, crossovers=5, fresh=2,
-    start=(), seed=0, state=None, report=lambda state: None,
+    space, score_all, energy_mj, fits, generations=5, first=16, parents=8, mutations=6, crossovers=6, start=(),
+    seed=0, state=None, report=lambda state: None,
 ):
     """Search by evolution on (fitness, energy); return {"scores": {arch: fitness}, "generation", "rng"}.
 
     score_all(archs) -> their fitnesses, energy_mj(arch), fits(arch) -> whether it is inside the limits. The
-    first generation are the archs of `start` that fit and `first` random ones. The space offers sample,
-    mutate and crossover. `state` is None or what an interrupted search gave to report(state), which is called
-    after every generation. A child that cannot be drawn new and inside the limits in TRIES draws is left out,
-    so a small space or a tight budget ends the search instead of hanging it.
+    first generation are the archs of `start` that fit and `first` random ones; parents are taken from the
+    fitter half, front after front. The space offers sample, mutate and crossover. `state` is None or what an
+    interrupted search gave to report(state), which is called after every generation. A child that cannot be
+    drawn new and inside the limits in TRIES draws is left out, so a small space or a tight budget ends the
+    search instead of hanging it.
     """
     generator = torch.Generator().manual_seed(seed)  # of all draws: same seed, same search
     state = state or {"scores": {}, "generation": -1}
@@ -158,18 +160,18 @@ def evolve(
     if "rng" in state:
         generator.set_state(torch.tensor(state["rng"], dtype=torch.uint8))
     for generation in range(state["generation"] + 1, generations + 1):
-        best = best_fronts(scores, energy_mj, parents)  # empty in the first generation
+        fitter = sorted(scores, key=scores.get, reverse=True)[: (len(scores) + 1) // 2]
+        best = best_fronts({arch: scores[arch] for arch in fitter}, energy_mj, parents)  # none at first
 
         def pick():
             return best[int(torch.randint(len(best), (), generator=generator))]
 
         children = {}  # a dict keeps the order of drawing
-        makers = [lambda: space.sample(generator)] * (fresh if best else first)  # each draws one child
         if best:
-            mutate = [lambda: space.mutate(pick(), generator)] * mutations
-            cross = [lambda: space.crossover(pick(), pick(), generator)] * crossovers
-            makers = mutate + cross + makers
+            makers = [lambda: space.mutate(pick(), generator)] * mutations  # each draws one child
+            makers += [lambda: space.crossover(pick(), pick(), generator)] * crossovers
         else:
+            makers = [lambda: space.sample(generator)] * first
             children = dict.fromkeys(arch for arch in start if fits(arch))
         for make in makers:
             for _ in range(TRIES):
