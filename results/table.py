@@ -197,13 +197,13 @@ def kendall_tau(a, b):
     return float((a * b).sum() / math.sqrt(max(1, (a * a).sum() * (b * b).sum())))
 
 
-def search_regrets(archs, columns, runs=200):
+def search_regrets(archs, columns, fitness_name="val_accuracy", runs=200):
     """Return {method: regrets (runs, EVALUATIONS)} of evolve and of random search inside a budget.
 
-    Fitness is the mean validation accuracy of the table; the regret after some evaluations is how much the
-    best of them lacks to the best network inside the budget, in points.
+    Fitness is a mean accuracy of the table; the regret after some evaluations is how much the best of them
+    lacks to the best network inside the budget, in points.
     """
-    mean = columns["val_accuracy"].mean(0)
+    mean = columns[fitness_name].mean(0)
     share = dict(zip(archs, columns["share_official"]))
     fitness = {arch: value for arch, value in zip(archs, mean) if share[arch] <= SEARCH_BUDGET}
     best = max(fitness.values())
@@ -331,14 +331,11 @@ def write_page(table):
     lines += markdown(["arch", "accuracy %", "energy of all-conv"], rows)
     lines += ["", "## Main effects, against a convolution in the same place"] + effect_lines(archs, columns)
     count = inside.sum()
-    regrets = search_regrets(archs, columns) if count > 2 * EVALUATIONS else {}  # else too easy
     lines += ["", f"## Evolution on the table: {count} networks in {SEARCH_BUDGET:.0%} of all-conv's energy"]
-    rows = []
-    for method, curve in regrets.items():
-        quartiles = np.percentile(curve[:, -1], [25, 50, 75])
-        rows.append([method, *(f"{value:.2f}" for value in quartiles)])
-    titles = [f"regret after {EVALUATIONS} evaluations, points", "first quartile", "median", "third quartile"]
-    lines += markdown(titles, rows) if rows else ["", "Too few networks are trained yet."]
+    regrets = {}  # fitness -> method -> curves
+    if count > 2 * EVALUATIONS:  # else it is too easy
+        regrets = {name: search_regrets(archs, columns, name) for name in ACCURACIES}
+    lines += regret_lines(regrets)
     if SEARCHES.exists():
         runs = json.loads(SEARCHES.read_text(encoding="utf-8"))["runs"]
         lines += ["", "## Winners of `python search.py --space small`"]
@@ -351,7 +348,21 @@ def write_page(table):
     before, _, after = page.read_text(encoding="utf-8").split(MARK) if page.exists() else (TITLE, "", "")
     train.write_text(MARK.join([before, "\n".join(lines) + "\n", after]), page)
     print("\n".join(lines))
-    return archs, columns, curves, regrets
+    return archs, columns, curves, regrets.get("val_accuracy")
+
+
+def regret_lines(regrets):
+    """Return a table of regrets, {fitness: {method: (runs, EVALUATIONS)}}, after all evaluations, in points."""
+    rows = []
+    for fitness_name, methods in regrets.items():
+        for method, curve in methods.items():
+            last = curve[:, -1]
+            low, median, high = np.percentile(last, [25, 50, 75])
+            values = [f"{value:.2f}" for value in (low, median, high, last.mean())]
+            rows.append([method, fitness_name.replace("_accuracy", ""), *values])
+    titles = [f"regret after {EVALUATIONS} evaluations, points", "fitness"]
+    titles += ["first quartile", "median", "third quartile", "mean"]
+    return markdown(titles, rows) if rows else ["", "Too few networks are trained yet."]
 
 
 def plot(archs, columns, curves, regrets):

@@ -505,6 +505,13 @@ def test_regrets_fall_to_zero_where_a_search_sees_every_network():
     assert (regrets["random"][:, -1] == 0).all()
 
 
+def test_regrets_are_written_as_after_the_last_evaluation():
+    curve = np.tile([[3.0], [1.0], [2.0], [0.0], [4.0]], (1, table.EVALUATIONS))
+    curve[:, 0] = 9
+    lines = table.regret_lines({"val_accuracy": {"evolution": curve}})
+    assert lines[-1] == "| evolution | val | 1.00 | 2.00 | 3.00 | 2.00 |"
+
+
 def test_the_table_is_filled_from_where_it_stopped(tmp_path, monkeypatch, capsys):
     space = replace(table.SPACE, ops=("cs", "c", "c"))  # 4 networks, 8 trainings
     calls = []
