@@ -289,8 +289,20 @@ def count_parameters(space, name):
     return count, sum(p.numel() for p in none.parameters()) + extra
 
 
+def ranking(scores, truth, plain):
+    """Return {measure: value} of how scores order networks; plain: a bool a network, whether it has no add."""
+    count = max(1, round(TOP * len(truth)))
+    best = set(np.argsort(-truth)[:count].tolist())
+    found = set(np.argsort(-scores)[:count].tolist())
+    return {
+        "Kendall tau": kendall_tau(scores, truth),
+        "tau without adds": kendall_tau(scores[plain], truth[plain]),
+        "recall": len(best & found) / count,
+    }
+
+
 def judge(study):
-    """Return ({form: {measure: values, one a supernet}}, number of networks trained alone, their seeds' tau).
+    """Return {form: {measure: values, one a supernet}}, the two seeds' own ranking, the number of networks.
 
     The mean accuracy is over all networks; ranking and recall are against the mean test accuracy of training
     alone.
@@ -298,28 +310,22 @@ def judge(study):
     table = read_table()
     archs, columns = known_part(table)
     places = [table["archs"].index(arch) for arch in archs]
-    alone = columns["test_accuracy"].mean(0)
-    count = max(1, round(TOP * len(archs)))
-    best = set(np.argsort(-alone)[:count].tolist())
+    plain = np.array(["a" not in arch for arch in archs])
     results = {}
     for name in FORMS:
-        measures = {"mean accuracy": [], "Kendall tau": [], "recall": []}
-        for seed in range(SEEDS):
-            accuracies = study["inherited"].get(f"{name} {seed}")
-            if accuracies is None:
-                continue
-            measures["mean accuracy"].append(np.mean(accuracies) / 100)
-            row = np.array(accuracies)[places] / 100
-            measures["Kendall tau"].append(kendall_tau(row, alone))
-            measures["recall"].append(len(best & set(np.argsort(-row)[:count].tolist())) / count)
-        if measures["recall"]:
-            results[name] = measures
-    return results, len(archs), kendall_tau(*columns["test_accuracy"])
+        rows = [study["inherited"].get(f"{name} {seed}") for seed in range(SEEDS)]
+        rows = [np.array(row) / 100 for row in rows if row is not None]
+        if not rows:
+            continue
+        rankings = [ranking(row[places], columns["test_accuracy"].mean(0), plain) for row in rows]
+        results[name] = {"mean accuracy": [row.mean() for row in rows]}
+        results[name] |= {measure: [values[measure] for values in rankings] for measure in rankings[0]}
+    return results, ranking(*columns["test_accuracy"], plain), len(archs)
 
 
 def write_study(study):
     """Write the tables between the marks of results/sharing.md; return what the figure shows."""
-    results, count, agreement = judge(study)
+    results, seeds, count = judge(study)
     none, none_ps = count_parameters(SPACE, "none")
     rows = []
     for name, measures in results.items():
@@ -329,11 +335,13 @@ def write_study(study):
         if "ms" in study:
             ratio = f"{np.median(np.divide(study['ms'][name], study['ms']['none'])):.2f}"
         cells += [ratio, str(len(measures["recall"]))]
-        cells += [with_spread(measures["mean accuracy"], 1), with_spread(measures["Kendall tau"], 2)]
-        rows.append([name, *cells, with_spread(measures["recall"], 2)])
+        cells.append(with_spread(measures["mean accuracy"], 1))
+        cells += [with_spread(measures[measure], 2) for measure in seeds]
+        rows.append([name, *cells])
+    own = ", ".join(f"{measure} {value:.2f}" for measure, value in seeds.items())
+    lines = [f"Against {count:,} networks trained alone with two seeds. One seed against the other: {own}."]
     titles = "sharing|params|of none|of none, PS shift|step of none|supernets|mean accuracy %|Kendall tau"
-    lines = [f"Against {count:,} networks trained alone with two seeds, their Kendall tau {agreement:.2f}."]
-    lines += markdown([*titles.split("|"), f"recall of the best {TOP:.0%}"], rows)
+    lines += markdown([*titles.split("|"), "tau without adds", f"recall of the best {TOP:.0%}"], rows)
     rows = []
     for question, one, other in QUESTIONS:
         if one in results and other in results:
@@ -354,7 +362,7 @@ def write_study(study):
     before, _, after = page.read_text(encoding="utf-8").split(MARK)
     train.write_text(before + MARK + "\n".join(lines) + "\n" + MARK + after, page)
     print("\n".join(lines))
-    return results, agreement
+    return results, seeds["Kendall tau"]
 
 
 def plot_ranking(results, agreement, path):

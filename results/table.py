@@ -293,12 +293,13 @@ def effect_lines(archs, columns):
     return lines
 
 
-def noise_lines(accuracy, inside):
-    """Return the table of what two seeds tell apart among all networks and among the fitter ones."""
+def noise_lines(accuracy, inside, plain):
+    """Return the table of what two seeds tell apart among all networks, the fitter and those without adds."""
     mean = accuracy.mean(0)
     fitter = mean > np.median(mean)
     everything = np.full(len(mean), True)
     named = {"all": everything, "the fitter half": fitter, "of those inside the budget": fitter & inside}
+    named["without adds"] = plain
     rows = []
     for name, some in named.items():
         difference = (accuracy[0] - accuracy[1])[some]
@@ -317,7 +318,7 @@ def write_page(table):
     mean = accuracy.mean(0)
     lines.append(f"Test accuracy {mean.mean():.2f} %, {mean.min():.2f} to {mean.max():.2f}.")
     inside = columns["share_official"] <= SEARCH_BUDGET
-    lines += noise_lines(accuracy, inside)
+    lines += noise_lines(accuracy, inside, np.array(["a" not in arch for arch in archs]))
     curves = {}
     for accounting in ACCOUNTINGS:
         curves[accounting] = fronts(archs, columns, accounting)

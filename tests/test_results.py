@@ -442,12 +442,14 @@ def test_a_front_is_the_best_network_of_its_operators_in_each_budget(monkeypatch
 
 def test_what_a_seed_gives_to_every_network_is_no_noise():
     first = np.random.default_rng(0).permutation(100) / 10.0
-    rows = table.noise_lines(np.stack([first, first + 3]), np.arange(100) < 40)[3:]  # below the head
+    inside = np.arange(100) < 40
+    rows = table.noise_lines(np.stack([first, first + 3]), inside, ~inside)[3:]  # below the head
     cells = [row.strip("| ").split(" | ") for row in rows]
     best = np.sort(first)[50:]
     assert cells[0] == ["all", "100", "0.00", f"{first.std():.2f}", "1.00"]
     assert cells[1] == ["the fitter half", "50", "0.00", f"{best.std():.2f}", "1.00"]
-    noisy = table.noise_lines(np.stack([first, first[::-1]]), np.arange(100) < 40)[3].split(" | ")
+    assert cells[3] == ["without adds", "60", "0.00", f"{first[40:].std():.2f}", "1.00"]
+    noisy = table.noise_lines(np.stack([first, first[::-1]]), inside, ~inside)[3].split(" | ")
     assert float(noisy[2]) > 2 and float(noisy[4].strip("| ")) < 0.5
 
 
