@@ -142,8 +142,8 @@ def best_fronts(scores, energy_mj, count):
 
 
 def evolve(
-    space, score_all, energy_mj, fits, generations=5, first=16, parents=8, mutations=6, crossovers=6, start=(),
-    seed=0, state=None, report=lambda state: None,
+    space, score_all, energy_mj, fits, generations=5, first=16, parents=8, mutations=6, crossovers=6,
+    start=(), seed=0, state=None, report=lambda state: None,
 ):
     """Search by evolution on (fitness, energy); return {"scores": {arch: fitness}, "generation", "rng"}.
 

@@ -290,7 +290,7 @@ def count_parameters(space, name):
 
 
 def ranking(scores, truth, plain):
-    """Return {measure: value} of how scores order networks; plain: a bool a network, whether it has no add."""
+    """Return {measure: value} of how scores order networks; plain: a bool a network, true without adds."""
     count = max(1, round(TOP * len(truth)))
     best = set(np.argsort(-truth)[:count].tolist())
     found = set(np.argsort(-scores)[:count].tolist())

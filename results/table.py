@@ -353,7 +353,7 @@ def write_page(table):
 
 
 def regret_lines(regrets):
-    """Return a table of regrets, {fitness: {method: (runs, EVALUATIONS)}}, after all evaluations, in points."""
+    """Return a table of regrets, {fitness: {method: (runs, EVALUATIONS)}}, after the last one, in points."""
     rows = []
     for fitness_name, methods in regrets.items():
         for method, curve in methods.items():
