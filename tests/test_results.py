@@ -498,6 +498,17 @@ def test_kendall_tau_counts_pairs():
     assert table.kendall_tau(a, b) == pytest.approx(agree / np.sqrt((pairs - ties_a) * (pairs - ties_b)))
 
 
+def test_a_ranking_is_that_of_all_networks_of_those_without_adds_and_of_the_best():
+    truth = np.arange(40.0)
+    plain = truth < 20
+    scores = np.concatenate([truth[:20], 19 + truth[:0:-1][:20]])  # the adds, the better half, upside down
+    found = sharing.ranking(scores, truth, plain)
+    pairs = 40 * 39 / 2
+    assert found["Kendall tau"] == pytest.approx((pairs - 2 * 20 * 19 / 2) / pairs)
+    assert found["tau without adds"] == pytest.approx(1) and found["recall"] == 0
+    assert sharing.ranking(truth, truth, plain)["recall"] == 1
+
+
 def test_regrets_fall_to_zero_where_a_search_sees_every_network():
     archs, columns = random_table(40)
     columns["share_official"][:] = 0.4

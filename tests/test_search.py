@@ -128,12 +128,12 @@ def test_every_scored_arch_is_inside_every_limit():
     limits = {"params": 165_000, "macs": 1_215_000, "latency_ms": 0.054}
     energy_mj, costs = costs_of(FASHION)
     fits = search.make_fits(FASHION, 0.8, limits, energy_mj, costs)
-    state, _, _ = evolve(FASHION, None, fits, energy_mj, generations=1, first=4, mutations=2, crossovers=3)
+    state, _, _ = evolve(FASHION, None, fits, energy_mj, generations=1, first=8, mutations=2, crossovers=3)
     for arch in state["scores"]:
         costs = arch_costs(FASHION, arch)
         assert costs["energy_mj"] <= 0.8 * arch_costs(FASHION, FASHION.pure("c", arch))["energy_mj"]
         assert all(costs[name] <= value for name, value in limits.items())
-    assert len(state["scores"]) == 9
+    assert len(state["scores"]) == 13
 
 
 def test_a_limit_of_energy_and_a_budget_both_bind():
