@@ -2,7 +2,7 @@
 
     python -m results.operators      prints a table of the CPU, and one of the GPU if torch can use one
 
-The CPU takes five minutes on one thread, three on two (OMP_NUM_THREADS sets the number).
+The CPU takes about a minute (OMP_NUM_THREADS sets the number of threads).
 results/operators.md says what follows from such tables. The rows of adds are
 
     add (cpu), add (gpu)     the compiled kernels
