@@ -11,8 +11,8 @@ Evolution as in the official search.py: each generation is made of mutations and
 (official: and of random archs, which a mutation in vision starts from one time in five anyway). Fitness is
 the accuracy on the validation images with inherited weights, after batch-norm recalibration (official: on
 augmented images, averaged over all archs). Parents are, of the fitter half, those that no other one betters
-in fitness at no more energy, then the front behind them (official: the fittest). Of all archs, many parents
-would be cheap and poor, and so would their children (results/table.md). A few along the first front
+in fitness at no more energy, then the front behind them (official: the fittest). Taken from all archs, many
+parents would be cheap and poor, and so would their children (results/table.md). A few along the first front
 (--finalists) are retrained, and so are the best networks of one operator; the winner is the cheapest one
 that is within a standard error of the best on the validation images (official: the fittest, by inherited
 weights, which rank networks only roughly). Test images make the table; its last line is the verdict.

@@ -30,7 +30,7 @@ from data.images import FITNESS_IMAGES
 from results.figures import new_figure, write_figure
 from results.operators import median_ms
 from results.search import with_spread
-from results.table import SPACE, embedded, kendall_tau, known_part, markdown, read_table
+from results.table import SPACE, embedded, kendall_tau, known_part, markdown, read_table, without_adds
 from search import side_by_side
 from shiftaddnas import BINS, OPS, REACH, SPACES, SharedWeight, ShiftConv2d, Supernet, power_of_two
 from shiftaddnas import scale_gradient
@@ -310,14 +310,15 @@ def judge(study):
     table = read_table()
     archs, columns = known_part(table)
     places = [table["archs"].index(arch) for arch in archs]
-    plain = np.array(["a" not in arch for arch in archs])
+    plain = without_adds(archs)
+    alone = columns["test_accuracy"].mean(0)
     results = {}
     for name in FORMS:
         rows = [study["inherited"].get(f"{name} {seed}") for seed in range(SEEDS)]
         rows = [np.array(row) / 100 for row in rows if row is not None]
         if not rows:
             continue
-        rankings = [ranking(row[places], columns["test_accuracy"].mean(0), plain) for row in rows]
+        rankings = [ranking(row[places], alone, plain) for row in rows]
         results[name] = {"mean accuracy": [row.mean() for row in rows]}
         results[name] |= {measure: [values[measure] for values in rankings] for measure in rankings[0]}
     return results, ranking(*columns["test_accuracy"], plain), len(archs)

@@ -293,6 +293,11 @@ def effect_lines(archs, columns):
     return lines
 
 
+def without_adds(archs):
+    """Return a bool a network: whether none of its blocks is an add."""
+    return np.array(["a" not in arch for arch in archs])
+
+
 def noise_lines(accuracy, inside, plain):
     """Return the table of what two seeds tell apart among all networks, the fitter and those without adds."""
     mean = accuracy.mean(0)
@@ -318,7 +323,7 @@ def write_page(table):
     mean = accuracy.mean(0)
     lines.append(f"Test accuracy {mean.mean():.2f} %, {mean.min():.2f} to {mean.max():.2f}.")
     inside = columns["share_official"] <= SEARCH_BUDGET
-    lines += noise_lines(accuracy, inside, np.array(["a" not in arch for arch in archs]))
+    lines += noise_lines(accuracy, inside, without_adds(archs))
     curves = {}
     for accounting in ACCOUNTINGS:
         curves[accounting] = fronts(archs, columns, accounting)

@@ -11,6 +11,7 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,6 +117,22 @@ def test_a_search_keeps_cheap_archs_and_starts_with_those_it_is_given():
     assert calls[: len(set(start))] == list(dict.fromkeys(start)) and len(calls) == len(set(calls))
     front = search.pareto_front(state["scores"], energy_mj)
     assert [arch.count("c") for arch in front] == sorted({arch.count("c") for arch in state["scores"]})
+
+
+def test_parents_are_of_the_fitter_half_though_cheap_archs_are_on_the_front():
+    parents = []
+
+    def mutate(arch, generator):
+        parents.append(arch)
+        return FASHION.mutate(arch, generator)
+
+    def score(arch):
+        return energy_mj.setdefault(arch, float(len(energy_mj)))  # each is dearer and fitter than the last
+
+    energy_mj = {}
+    space = SimpleNamespace(sample=FASHION.sample, mutate=mutate)
+    state, _, _ = evolve(space, score, energy_mj=energy_mj.get, generations=1, first=20, crossovers=0)
+    assert min(state["scores"][arch] for arch in parents) >= 10 and len(set(parents)) > 1
 
 
 def costs_of(space, table=None, **named):
